@@ -1,0 +1,44 @@
+"""What an adapter tells the engine."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..streams import BlockCall
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """What the engine reads off one call of a denoiser.
+
+    hidden_states: image tokens (B, N, C). encoder_hidden_states: text tokens (B, M, C'). timestep: (B,) or (1,), in the
+    unit of the call. img_ids: the position ids that live as long as the run. branch: the tensors that tell the conditional
+    from the unconditional call.
+    """
+
+    hidden_states: Tensor
+    encoder_hidden_states: Tensor
+    timestep: Tensor
+    img_ids: Tensor
+    branch: tuple[Tensor, ...]
+
+
+class Adapter(Protocol):
+    """Knowledge of one transformer class."""
+
+    supported: str  # the class, as messages name it
+    timestep_scale: float  # from the unit of the call to 0..1000
+
+    def supports(self, module: object) -> bool:
+        """Whether this adapter knows `module`."""
+
+    def groups(self, transformer: torch.nn.Module) -> dict[str, list[torch.nn.Module]]:
+        """The block lists by name ("double", "single"), in the order of the network."""
+
+    def block_call(self, block: torch.nn.Module) -> BlockCall:
+        """How `block` is called."""
+
+    def denoising(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> Denoising:
+        """What a call of the model says about its run."""

@@ -1,0 +1,55 @@
+"""Calls of one module instance, seen from the outside.
+
+`torch.nn.Module.__call__` first looks for `_compiled_call_impl`, the slot that `Module.compile` fills, and falls back to
+`_call_impl`. An `Interception` sits in that slot of one instance, so it lies outside everything else that a module may
+wear: forward and backward hooks, accelerate's and diffusers' replaced `forward`, PEFT's layers, compiled code. What it
+wraps stays as it was, whatever is added or removed later and in whatever order; the decisions are never traced by the
+compiler; and `Module.__getstate__` drops the slot, so pickling and copying a module never see it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+SLOT = "_compiled_call_impl"
+
+
+class Interception:
+    """Routes the calls of `module` through `handler(proceed, args, kwargs)`; `proceed` is the original call."""
+
+    def __init__(self, module: torch.nn.Module, handler: Callable[..., Any], owner: object):
+        self.module = module
+        self.handler = handler
+        self.owner = owner
+        self._compiled: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.handler(self.proceed, args, kwargs)
+
+    @property
+    def proceed(self) -> Callable[..., Any]:
+        return self._compiled or self.module._call_impl
+
+    def attach(self) -> None:
+        """Take the slot. Idempotent; a `Module.compile` that came after the last `attach` is wrapped, not lost."""
+        current = self.module.__dict__.get(SLOT)
+        if current is not self:
+            self._compiled = current
+            self.module.__dict__[SLOT] = self
+
+    def detach(self) -> None:
+        """Give the slot back as it would be without us."""
+        current = self.module.__dict__.get(SLOT)
+        if current is not self:
+            return  # compiled after the last call: the slot is already somebody else's
+        if self._compiled is None:
+            del self.module.__dict__[SLOT]
+        else:
+            self.module.__dict__[SLOT] = self._compiled
+
+
+def interception_of(module: torch.nn.Module) -> Interception | None:
+    """The interception that `module` wears, if any."""
+    current = module.__dict__.get(SLOT)
+    return current if isinstance(current, Interception) else None

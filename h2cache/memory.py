@@ -1,0 +1,151 @@
+"""What is remembered between the steps of one run, and when a run begins and ends.
+
+A run is one pass of a denoising loop. Every diffusers pipeline makes its image position ids once a run and hands the same
+tensor object to every call, so that object names the run: a call belongs to the run whose `img_ids` it carries. The memory
+hangs on a weak reference to it and is freed the moment that the pipeline lets go of it, also when it ends by an exception.
+Inside a run the prompt embeddings name the context in the same way, which keeps the two branches of true classifier-free
+guidance apart whether or not the pipeline opens diffusers' `cache_context`.
+"""
+
+import threading
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from .streams import Streams
+
+
+@dataclass
+class SampleMemory:
+    """One stage of one sample.
+
+    `reference`: the probe of the last computed step, (1, tokens', channels') float32. `terms`: the residual of that step
+    and its differences, order + 1 at most, each (1, N, D) and (1, M, D) in the model's dtype.
+    """
+
+    reference: Tensor | None = None
+    terms: list[Streams] = field(default_factory=list)
+    computed_step: int = 0
+    consecutive_hits: int = 0
+
+    def forget(self) -> None:
+        """Start afresh: the next call computes."""
+        self.reference, self.terms = None, []
+
+    def tensors(self) -> Iterator[Tensor]:
+        if self.reference is not None:
+            yield self.reference
+        for term in self.terms:
+            yield from term
+
+
+@dataclass
+class Context:
+    """One branch of a run (conditional or unconditional): its own steps and its own memory, by stage and sample."""
+
+    name: str
+    embeddings: tuple[weakref.ref, ...]
+    step: int = 0
+    stages: dict[str, list[SampleMemory]] = field(default_factory=dict)
+
+    def stage(self, name: str, batch: int) -> list[SampleMemory]:
+        return self.stages.setdefault(name, [SampleMemory() for _ in range(batch)])
+
+    def tensors(self) -> Iterator[Tensor]:
+        for samples in self.stages.values():
+            for sample in samples:
+                yield from sample.tensors()
+
+
+CONTEXT_NAMES = ("cond", "uncond")
+
+
+@dataclass
+class Run:
+    """One pass of a denoising loop: its number in the trace and its contexts."""
+
+    number: int
+    img_ids: weakref.ref
+    shape: tuple
+    stages: tuple
+    contexts: list[Context] = field(default_factory=list)
+    contexts_seen: int = 0
+    first_timestep: float | None = None
+    last_timestep: float | None = None
+
+    def starts_over(self, context: Context, timestep: float) -> bool:
+        """Whether a call at `timestep` cannot belong to this run: denoising never goes up, nor back to its first step.
+
+        A later timestep may come twice, as with schedulers that evaluate a step twice.
+        """
+        if self.first_timestep is None or self.last_timestep is None:
+            return False
+        return timestep > self.last_timestep or (context.step > 0 and timestep >= self.first_timestep)
+
+    def note_timestep(self, timestep: float) -> None:
+        if self.first_timestep is None:
+            self.first_timestep = timestep
+        self.last_timestep = timestep
+
+    def context(self, embeddings: tuple[Tensor, ...]) -> Context:
+        """The context that these very tensors name, in order of appearance "cond", "uncond", "context-2", ..."""
+        for context in self.contexts:
+            if all(ref() is tensor for ref, tensor in zip(context.embeddings, embeddings, strict=True)):
+                return context
+        # A branch whose embeddings are gone can never be called again.
+        self.contexts = [c for c in self.contexts if all(ref() is not None for ref in c.embeddings)]
+        number = self.contexts_seen
+        self.contexts_seen += 1
+        name = CONTEXT_NAMES[number] if number < len(CONTEXT_NAMES) else f"context-{number}"
+        self.contexts.append(Context(name, tuple(weakref.ref(tensor) for tensor in embeddings)))
+        return self.contexts[-1]
+
+    def tensors(self) -> Iterator[Tensor]:
+        for context in self.contexts:
+            yield from context.tensors()
+
+
+class Runs:
+    """The runs in progress. Safe to use from several threads: each run is only ever touched by its own caller."""
+
+    def __init__(self) -> None:
+        self._by_ids: dict[int, Run] = {}
+        self._lock = threading.Lock()
+        self._begun = 0
+
+    def find(self, img_ids: Tensor, shape: tuple, stages: tuple) -> Run:
+        """The run that carries `img_ids`, or a new one; a changed shape or composition of stages begins a new one."""
+        run = self._by_ids.get(id(img_ids))
+        if run is None or run.shape != shape or run.stages != stages:
+            run = self.begin(img_ids, shape, stages)
+        return run
+
+    def begin(self, img_ids: Tensor, shape: tuple, stages: tuple) -> Run:
+        """A new, empty run in place of any that carried `img_ids`."""
+        key = id(img_ids)
+        forget = self._by_ids.pop
+        with self._lock:
+            number, self._begun = self._begun, self._begun + 1
+        # The callback holds the dictionary's method only, so that a dropped engine is not kept alive by a tensor.
+        run = Run(number, weakref.ref(img_ids, lambda _: forget(key, None)), shape, stages)
+        self._by_ids[key] = run
+        return run
+
+    def discard(self, run: Run) -> None:
+        for key, known in list(self._by_ids.items()):
+            if known is run:
+                self._by_ids.pop(key, None)
+
+    def clear(self) -> None:
+        self._by_ids.clear()
+
+    def held_bytes(self) -> int:
+        """Bytes of device memory that the runs in progress hold; a storage that two tensors share counts once."""
+        storages = {}
+        for run in list(self._by_ids.values()):
+            for tensor in run.tensors():
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+        return sum(storages.values())

@@ -1,0 +1,62 @@
+"""One stage during one call: who is computed, what its blocks add, and what stands in for the rest."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from .decisions import Decision
+from .forecasts import add_forecast, advance_terms
+from .memory import SampleMemory
+from .stages import Stage
+from .streams import Streams, join_rows
+
+
+@dataclass
+class Visit:
+    """`anchor` are the streams after the first block, from which residuals are counted."""
+
+    stage: Stage
+    memories: list[SampleMemory]
+    decisions: list[Decision]
+    anchor: Streams
+    returned: Streams  # what the last block that ran returned, as streams
+    output: Any = None  # the same, as the block returned it
+    computed: list[int] = field(default_factory=list)
+    unsound: set[int] = field(default_factory=set)  # computed, but with a probe that was not finite: not remembered
+    rows: Tensor | None = None  # index of the computed samples, where they are some and not all
+    added: list[Tensor | None] = field(default_factory=lambda: [None, None])  # by the model, between blocks
+
+    def note_additions(self, arrived: Streams) -> None:
+        """Keep apart what the model added between two blocks: it is no part of the stage's residual."""
+        for i, (now, left) in enumerate(zip(arrived, self.returned, strict=True)):
+            if now is not left:
+                addition = now - left
+                self.added[i] = addition if self.added[i] is None else self.added[i] + addition
+
+    def remember(self, end: Streams, step: int) -> None:
+        """Keep the residual of every computed sample, and with it the differences that forecasts need."""
+        for sample in self.computed:
+            if sample not in self.unsound:
+                memory = self.memories[sample]
+                steps = step - memory.computed_step
+                memory.terms = advance_terms(memory.terms, self._residual(end, sample), steps, self.stage.forecast.order)
+                memory.computed_step = step
+
+    def _residual(self, end: Streams, sample: int) -> Streams:
+        parts = []
+        for last, first, addition in zip(end.row(sample), self.anchor.row(sample), self.added, strict=True):
+            part = last - first
+            parts.append(part if addition is None else part - addition[sample : sample + 1])
+        return Streams(*parts)
+
+    def stand_in(self, end: Streams, step: int) -> Streams:
+        """The end of the stage: as computed, or as arrived plus the forecast residual."""
+        rows = []
+        for sample, (memory, decision) in enumerate(zip(self.memories, self.decisions, strict=True)):
+            row = end.row(sample) if len(self.memories) > 1 else end
+            if decision.skips:
+                coefficients = self.stage.forecast.coefficients(step - memory.computed_step)
+                row = add_forecast(row, memory.terms, coefficients)
+            rows.append(row)
+        return join_rows(rows)
