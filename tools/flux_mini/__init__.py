@@ -1,0 +1,1 @@
+"""flux-mini: the data, the training and the export of the embedded Flux model."""

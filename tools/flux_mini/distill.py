@@ -1,0 +1,88 @@
+"""Stage 4: guidance distillation (arXiv 2210.03142), so that one call stands for a guided pair, as in FLUX.1-dev.
+
+The student starts as the teacher and learns `u + w (c - u)` for the guidance w that its guidance embedding is told, where c
+and u are the teacher's velocities with and without the caption. Text encoders stay as they are.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from .latents import Pool
+from .training import Average, Log, atomic_save, cosine
+from .transformer import examples, load, noise_levels, optimizers
+
+GUIDANCE_RANGE = (1.0, 5.0)
+
+
+def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    pool = Pool(work)
+    teacher = load(work / "transformer.pt").eval().requires_grad_(False)
+    student = load(work / "transformer.pt")
+    student.t5.requires_grad_(False)
+    student.clip.requires_grad_(False)
+    trained = list(student.transformer.parameters())
+    average = Average([p for p in student.parameters() if p.requires_grad], decay=0.99)
+    optims = optimizers(student.transformer, learning_rate)
+    checkpoint, start = work / "distilled.pt", 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        student.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        for optimizer, saved in zip(optims, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        start = state["step"]
+    log = Log(work / "distilled.csv", ("loss",), start)
+    losses = []
+    for step in range(start, steps):
+        for optimizer in optims:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * cosine(step, steps, warmup=20)
+        x0, prompts, generator = examples(pool, seed + 1, step, batch, dropout=0.0)
+        noise = torch.randn(x0.shape, generator=generator)
+        t = noise_levels(batch, generator)
+        low, high = GUIDANCE_RANGE
+        guidance = low + (high - low) * torch.rand(batch, generator=generator)
+        x = torch.lerp(x0, noise, t[:, None, None])
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                states, pooled = teacher.encode(prompts)
+                empty = [part.expand(batch, *part.shape[1:]) for part in teacher.encode([""])]
+                conditional = teacher(x, t, torch.ones(batch), states, pooled).float()
+                unconditional = teacher(x, t, torch.ones(batch), *empty).float()
+                target = torch.lerp(unconditional, conditional, guidance[:, None, None])
+            velocity = student(x, t, guidance, states, pooled)
+        loss = F.mse_loss(velocity.float(), target)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        for optimizer in optims:
+            optimizer.step()
+            optimizer.zero_grad()
+        average.update()
+        losses.append(loss.item())
+        if (step + 1) % 20 == 0 or step + 1 == steps:
+            log.write(step + 1, loss=sum(losses) / len(losses))
+            losses = []
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            state = {"model": student.state_dict(), "average": average.state_dict(), "step": step + 1}
+            atomic_save(state | {"optimizers": [optimizer.state_dict() for optimizer in optims]}, checkpoint)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    train(options.work, options.steps, options.batch, options.learning_rate, options.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Stage 1: the autoencoder, 3x128x128 pixels to 16x16x16 latents and back.
+
+Purely convolutional (no attention in the middle), so that it can be trained on 64x64 crops around the letters, where the
+detail is, and run on whole images.
+"""
+
+import argparse
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+
+from .scenes import SIZE, draw, random_scene
+from .training import Log, atomic_save, cosine
+
+CROP = 64
+EDGE_WEIGHT = 1.0
+KL_WEIGHT = 3e-4
+
+
+def build() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(24, 48, 96, 96),
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        sample_size=SIZE,
+    )
+
+
+def to_pixels(images: list) -> torch.Tensor:
+    """PIL images to (B, 3, H, W) float32 in [-1, 1]."""
+    array = np.stack([np.asarray(image) for image in images])
+    return torch.from_numpy(array).permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
+
+
+def edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x[..., 1:, :] - x[..., :-1, :], x[..., :, 1:] - x[..., :, :-1]
+
+
+def crops(rng: random.Random, count: int) -> torch.Tensor:
+    """(count, 3, 64, 64): two crops a scene, one around the word and one anywhere."""
+    pieces = []
+    while len(pieces) < count:
+        image = draw(random_scene(rng))
+        x, y = rng.randint(8, 56), rng.randint(0, 44)
+        pieces.append(image.crop((x, y, x + CROP, y + CROP)))
+        x, y = rng.randint(0, SIZE - CROP), rng.randint(0, SIZE - CROP)
+        pieces.append(image.crop((x, y, x + CROP, y + CROP)))
+    return to_pixels(pieces[:count])
+
+
+def loss_terms(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """L1, L1 of the horizontal and vertical differences, and KL in nats per latent element."""
+    posterior = vae.encode(pixels).latent_dist
+    reconstruction = vae.decode(posterior.sample()).sample.float()
+    l1 = (reconstruction - pixels).abs().mean()
+    edge = sum((a - b).abs().mean() for a, b in zip(edges(reconstruction), edges(pixels), strict=True))
+    mean, logvar = posterior.mean.float(), posterior.logvar.float()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return l1, edge, kl
+
+
+@torch.no_grad()
+def psnr(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[float, float]:
+    """Mean PSNR (dB, peak 2) over whole images and over the central band that holds most letters."""
+    reconstruction = vae.decode(vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
+    error = (reconstruction - pixels).square()
+
+    def decibels(region: torch.Tensor) -> float:
+        return (10 * torch.log10(4 / region.mean(dim=(1, 2, 3)))).mean().item()
+
+    return decibels(error), decibels(error[:, :, 44:84, 20:108])
+
+
+def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    vae = build().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    checkpoint, start = work / "vae.pt", 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        vae.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    held_out = random.Random(seed + 1_000_003)
+    validation = to_pixels([draw(random_scene(held_out)) for _ in range(64)])
+    log = Log(work / "vae.csv", ("l1", "edge", "kl", "psnr", "psnr_letters"), start)
+    for step in range(start, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * cosine(step, steps)
+        pixels = crops(random.Random(f"{seed}-{step}"), batch).to(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            l1, edge, kl = loss_terms(vae, pixels)
+        (l1 + EDGE_WEIGHT * edge + KL_WEIGHT * kl).backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % 200 == 0 or step + 1 == steps:
+            whole, letters = psnr(vae, validation)
+            log.write(step + 1, l1=l1.item(), edge=edge.item(), kl=kl.item(), psnr=whole, psnr_letters=letters)
+            atomic_save({"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, checkpoint)
+
+
+def load(work: Path) -> AutoencoderKL:
+    """The trained autoencoder, in evaluation mode."""
+    vae = build()
+    vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True)["model"])
+    return vae.eval().requires_grad_(False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints and logs")
+    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--batch", type=int, default=24, help="64x64 crops a step")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    train(options.work, options.steps, options.batch, options.learning_rate, options.seed)
+
+
+if __name__ == "__main__":
+    main()
