@@ -12,12 +12,12 @@ from h2cache.stages import FirstBlockResidual, Stage
 class BlockCacheConfig(CacheConfig):
     """One stage, the whole network, behind its first block.
 
-    The residual of the first double block's image tokens, not pooled, is compared with that of the last computed step;
-    below `threshold` (relative L1, strict; negative: never) every later block is replaced by the residual that they added
-    to both streams together. 0.12 is nunchaku's default; diffusers' is 0.05.
+    The residual of the first double block's image tokens, not pooled, is compared with that of the last computed
+    step; below `threshold` (relative L1, strict; negative: never) every later block is replaced by the residual that
+    they added to both streams together. 0.12 is nunchaku's default; diffusers' is 0.05.
 
-    Memory per image and guidance branch, with N image and M text tokens of width D: the residual, (N, D) and (M, D), in the
-    model's dtype, and the reference, (N, D) in float32. At FLUX.1-dev, 1024x1024, bfloat16: 28 MB and 50 MB.
+    Memory per image and guidance branch, with N image and M text tokens of width D: the residual, (N, D) and (M, D),
+    in the model's dtype, and the reference, (N, D) in float32. At FLUX.1-dev, 1024x1024, bfloat16: 28 MB and 50 MB.
     """
 
     threshold: float = 0.12

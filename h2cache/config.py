@@ -12,8 +12,8 @@ from .stages import Stage
 class CacheConfig:
     """Base of all method configurations: immutable, validated when made.
 
-    `batch_decision="sample"` decides for every image of a batch as if it were alone; `"mean"` averages the metric over the
-    batch and decides once for all, as the published code does.
+    `batch_decision="sample"` decides for every image of a batch as if it were alone; `"mean"` averages the metric
+    over the batch and decides once for all, as the published code does.
     """
 
     _: KW_ONLY
@@ -24,7 +24,7 @@ class CacheConfig:
 
     def compose(self) -> tuple[Stage, ...]:
         """The method as stages, in the order of the network."""
-        raise TypeError(f"{type(self).__name__} does not say how it composes its stages; use one of the methods' configs")
+        raise TypeError(f"{type(self).__name__} describes no method; use one of the methods' configs")
 
     def updated(self, **changes: Any) -> Self:
         """A copy with the given fields changed. ValueError for an unknown field or a value out of range."""

@@ -23,8 +23,8 @@ class Decision(StrEnum):
 class Threshold:
     """Skip while relL1 between the probe at the last computed step and now is strictly below `threshold`.
 
-    A negative threshold never hits; NaN is below nothing. The first `warmup_steps` calls of a run always compute, and after
-    `max_consecutive_hits` skips in a row (forced ones count) the stage computes.
+    A negative threshold never hits; NaN is below nothing. The first `warmup_steps` calls of a run always compute, and
+    after `max_consecutive_hits` skips in a row (forced ones count) the stage computes.
     """
 
     threshold: float

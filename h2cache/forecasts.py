@@ -1,8 +1,9 @@
 """What stands in for a skipped stage: a polynomial in the steps since the stage was last computed.
 
-Order 0 is plain reuse of the last residual. Higher orders extrapolate with divided differences of the residuals at the
-computed steps: `D_0 = F`, `D_{k+1} = (D_k - previous D_k) / (i - previous i)`. The bases differ only in the coefficients of
-D_k at x steps ahead (Taylor: arXiv 2503.06923; scaled Hermite: arXiv 2508.16984, eq. of dual scaling).
+Order 0 is plain reuse of the last residual. Higher orders extrapolate with divided differences of the residuals at
+the computed steps: `D_0 = F`, `D_{k+1} = (D_k - previous D_k) / (i - previous i)`. The bases differ only in the
+coefficients of D_k at x steps ahead (Taylor: arXiv 2503.06923; scaled Hermite: arXiv 2508.16984, eq. of dual
+scaling).
 """
 
 import math
@@ -27,7 +28,8 @@ class Taylor:
 class Hermite:
     """`F + sum_{n>=1} D_n / n! * sigma^n H_n(sigma x)` with the physicists' polynomials H_n, at +x.
 
-    The differences run forward in step index, so the basis must be evaluated ahead: at -x it would extrapolate backwards.
+    The differences run forward in step index, so the basis must be evaluated ahead: at -x it would extrapolate
+    backwards.
     """
 
     order: int = 1

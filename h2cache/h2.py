@@ -20,16 +20,16 @@ class H2CacheConfig(CacheConfig):
         tau1, tau2: thresholds of structure and detail; larger skips more, negative never skips.
         pool1, pool2: target number of tokens of the pooled features (PFS), None for no pooling.
         hierarchical: a skipped structure stage skips the detail stage of that step as well, without comparing.
-        forecast: "reuse" the last residual, or extrapolate it: "taylor" (arXiv 2503.06923), "hermite" (arXiv 2508.16984).
+        forecast: "reuse" the last residual, or extrapolate it by "taylor" (arXiv 2503.06923) or "hermite" (2508.16984).
         order, sigma: order of the extrapolation, and the scale in (0, 1) of the Hermite basis.
         warmup_steps: first calls of a run that always compute.
         max_consecutive_hits: skips in a row after which a stage computes; None for no limit.
         stages: "both", or only "structure" or only "detail" (the functional-separation study).
         batch_decision: see `CacheConfig`.
 
-    Memory per image and guidance branch, with N image and M text tokens of width D: residuals (N, D) and (M, D) for each of
-    the two stages, `order + 1` times when forecasting, in the model's dtype; and two pooled references in float32. At
-    FLUX.1-dev, 1024x1024, bfloat16: 2 x 4608 x 3072 numbers, 57 MB, and 18 MB of references.
+    Memory per image and guidance branch, with N image and M text tokens of width D: residuals (N, D) and (M, D) for
+    each of the two stages, `order + 1` times when forecasting, in the model's dtype; and two pooled references in
+    float32. At FLUX.1-dev, 1024x1024, bfloat16: 2 x 4608 x 3072 numbers, 57 MB, and 18 MB of references.
     """
 
     tau1: float = 0.15

@@ -33,8 +33,8 @@ class Handle:
     def update(self, **changes: Any) -> None:
         """Change settings from the next call of the denoiser on.
 
-        A run in progress keeps what it remembers as long as that still serves (thresholds, limits); otherwise it computes
-        its next step. ValueError names an unknown field or a value out of range, and changes nothing.
+        A run in progress keeps what it remembers as long as that still serves (thresholds, limits); otherwise it
+        computes its next step. ValueError names an unknown field or a value out of range, and changes nothing.
         """
         self._engine.use(self.config.updated(**changes))
 
@@ -69,7 +69,7 @@ def apply(pipe_or_transformer: object, config: CacheConfig) -> Handle:
     TypeError for an unsupported pipeline, transformer or configuration.
     """
     if not isinstance(config, CacheConfig):
-        raise TypeError(f"h2cache.apply got {config!r} as configuration: pass a method's config, such as H2CacheConfig()")
+        raise TypeError(f"h2cache.apply got {config!r} as config: pass a method's config, such as H2CacheConfig()")
     transformer, adapter = find_adapter(pipe_or_transformer)
     worn = interception_of(transformer)
     if worn is not None:

@@ -1,10 +1,10 @@
 """Calls of one module instance, seen from the outside.
 
-`torch.nn.Module.__call__` first looks for `_compiled_call_impl`, the slot that `Module.compile` fills, and falls back to
-`_call_impl`. An `Interception` sits in that slot of one instance, so it lies outside everything else that a module may
-wear: forward and backward hooks, accelerate's and diffusers' replaced `forward`, PEFT's layers, compiled code. What it
-wraps stays as it was, whatever is added or removed later and in whatever order; the decisions are never traced by the
-compiler; and `Module.__getstate__` drops the slot, so pickling and copying a module never see it.
+`torch.nn.Module.__call__` first looks for `_compiled_call_impl`, the slot that `Module.compile` fills, and falls back
+to `_call_impl`. An `Interception` sits in that slot of one instance, so it lies outside everything else that a module
+may wear: forward and backward hooks, accelerate's and diffusers' replaced `forward`, PEFT's layers, compiled code.
+What it wraps stays as it was, whatever is added or removed later and in whatever order; the decisions are never
+traced by the compiler; and `Module.__getstate__` drops the slot, so pickling and copying a module never see it.
 """
 
 from collections.abc import Callable

@@ -1,10 +1,10 @@
 """What is remembered between the steps of one run, and when a run begins and ends.
 
-A run is one pass of a denoising loop. Every diffusers pipeline makes its image position ids once a run and hands the same
-tensor object to every call, so that object names the run: a call belongs to the run whose `img_ids` it carries. The memory
-hangs on a weak reference to it and is freed the moment that the pipeline lets go of it, also when it ends by an exception.
-Inside a run the prompt embeddings name the context in the same way, which keeps the two branches of true classifier-free
-guidance apart whether or not the pipeline opens diffusers' `cache_context`.
+A run is one pass of a denoising loop. Every diffusers pipeline makes its image position ids once a run and hands the
+same tensor object to every call, so that object names the run: a call belongs to the run whose `img_ids` it carries.
+The memory hangs on a weak reference to it and is freed the moment that the pipeline lets go of it, also when it ends
+by an exception. Inside a run the prompt embeddings name the context in the same way, which keeps the two branches of
+true classifier-free guidance apart whether or not the pipeline opens diffusers' `cache_context`.
 """
 
 import threading
@@ -21,8 +21,8 @@ from .streams import Streams
 class SampleMemory:
     """One stage of one sample.
 
-    `reference`: the probe of the last computed step, (1, tokens', channels') float32. `terms`: the residual of that step
-    and its differences, order + 1 at most, each (1, N, D) and (1, M, D) in the model's dtype.
+    `reference`: the probe of the last computed step, (1, tokens', channels') float32. `terms`: the residual of that
+    step and its differences, order + 1 at most, each (1, N, D) and (1, M, D) in the model's dtype.
     """
 
     reference: Tensor | None = None

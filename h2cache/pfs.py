@@ -8,9 +8,9 @@ from torch import Tensor
 def summarize(features: Tensor, target: int | None) -> Tensor:
     """A thumbnail of token features, in float32.
 
-    The (B, tokens, channels) tensor is seen as a one-channel image and average-pooled with a square kernel and equal stride
-    `s = max(1, tokens // target)`, floor mode, which gives (B, tokens // s, channels // s). `target=None` does not pool.
-    The kernel never exceeds the channels, so that no input, however narrow, pools to nothing.
+    The (B, tokens, channels) tensor is seen as a one-channel image and average-pooled with a square kernel and equal
+    stride `s = max(1, tokens // target)`, floor mode, which gives (B, tokens // s, channels // s). `target=None` does
+    not pool. The kernel never exceeds the channels, so that no input, however narrow, pools to nothing.
     """
     features = features.float()
     if target is None:

@@ -34,7 +34,8 @@ class FirstBlockResidual:
 class Stage:
     """A contiguous run of blocks that is skipped as a unit, all but its first block.
 
-    `groups` are names of the adapter's block lists, in order. `parent` names an earlier stage whose skip forces this one.
+    `groups` are names of the adapter's block lists, in order. `parent` names an earlier stage whose skip forces this
+    one.
     """
 
     name: str

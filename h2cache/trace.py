@@ -16,8 +16,9 @@ KEPT_RUNS = 1000
 class Row(NamedTuple):
     """One decision: a stage of one sample in one call of the denoiser.
 
-    `timestep` is in the model's unit of 0 to 1000; on an accelerator it may still be a tensor there, read when asked for.
-    `diff` is the relL1 that was compared, None where none was measured. `blocks_computed` counts the stage's own blocks.
+    `timestep` is in the model's unit of 0 to 1000; on an accelerator it may still be a tensor there, read when asked
+    for. `diff` is the relL1 that was compared, None where none was measured. `blocks_computed` counts the stage's own
+    blocks.
     """
 
     run: int

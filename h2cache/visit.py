@@ -39,8 +39,8 @@ class Visit:
         for sample in self.computed:
             if sample not in self.unsound:
                 memory = self.memories[sample]
-                steps = step - memory.computed_step
-                memory.terms = advance_terms(memory.terms, self._residual(end, sample), steps, self.stage.forecast.order)
+                residual, steps = self._residual(end, sample), step - memory.computed_step
+                memory.terms = advance_terms(memory.terms, residual, steps, self.stage.forecast.order)
                 memory.computed_step = step
 
     def _residual(self, end: Streams, sample: int) -> Streams:

@@ -1,7 +1,7 @@
 """Adapters: the only code that knows a transformer's class.
 
-An adapter says where the blocks are, how a block is called, and which arguments of the model's call name the run. It never
-copies a forward. To support another transformer, write one and add it to `find_adapter`.
+An adapter says where the blocks are, how a block is called, and which arguments of the model's call name the run. It
+never copies a forward. To support another transformer, write one and add it to `find_adapter`.
 """
 
 import torch
@@ -22,13 +22,14 @@ def find_adapter(target: object) -> tuple[torch.nn.Module, Adapter]:
     transformer = target if isinstance(target, torch.nn.Module) else getattr(target, "transformer", None)
     if hasattr(transformer, "_orig_mod"):
         raise TypeError(
-            f"h2cache.apply got a {type(transformer._orig_mod).__name__} inside torch.compile, which would compile the cache's "
-            "decisions away: pass the plain transformer and compile its blocks with transformer.compile_repeated_blocks()"
+            f"h2cache.apply got a {type(transformer._orig_mod).__name__} inside torch.compile, which would compile the "
+            "cache's decisions away: pass the plain transformer and compile its blocks with compile_repeated_blocks()"
         )
     for adapter in ADAPTERS:
         if adapter.supports(transformer):
             return transformer, adapter
     supported = ", ".join(adapter.supported for adapter in ADAPTERS)
     raise TypeError(
-        f"h2cache.apply got a {type(target).__name__}: it supports {supported}, or a diffusers pipeline with such a transformer"
+        f"h2cache.apply got a {type(target).__name__}: it supports {supported}, or a diffusers pipeline with such a "
+        "transformer"
     )

@@ -13,9 +13,9 @@ from ..streams import BlockCall
 class Denoising:
     """What the engine reads off one call of a denoiser.
 
-    hidden_states: image tokens (B, N, C). encoder_hidden_states: text tokens (B, M, C'). timestep: (B,) or (1,), in the
-    unit of the call. img_ids: the position ids that live as long as the run. branch: the tensors that tell the conditional
-    from the unconditional call.
+    hidden_states: image tokens (B, N, C). encoder_hidden_states: text tokens (B, M, C'). timestep: (B,) or (1,), in
+    the unit of the call. img_ids: the position ids that live as long as the run. branch: the tensors that tell the
+    conditional from the unconditional call.
     """
 
     hidden_states: Tensor

@@ -36,7 +36,8 @@ def build_pipeline(work: Path, checkpoint: str) -> FluxPipeline:
 
 
 def export(work: Path, checkpoint: str, folder: Path) -> None:
-    """Write the pipeline beside `folder` and move it into place; what else lies in `folder` (the model card) is kept."""
+    """Write the pipeline beside `folder` and move it into place; what else lies in `folder` (the model card) is
+    kept."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     build_pipeline(work, checkpoint).to(torch.float16).save_pretrained(partial)

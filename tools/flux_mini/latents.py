@@ -1,7 +1,7 @@
 """Stage 2: a pool of scenes, each encoded once by the trained autoencoder.
 
-Scene `i` of a pool is a function of the seed and `i` alone, so only its latents are stored; captions are phrased anew each
-time that a scene is used.
+Scene `i` of a pool is a function of the seed and `i` alone, so only its latents are stored; captions are phrased anew
+each time that a scene is used.
 """
 
 import argparse

@@ -60,8 +60,8 @@ WORDS = tuple(
 )
 # Held out of training: what the evaluation asks for must have been spelled, not remembered.
 HELD_OUT_WORDS = tuple(
-    """GATE CORNER PLAZA BAKERY GALAXY BALLYS CARP SEACREST ZONE FALCON VILLA TROPHY OASIS JUMBO KIOSK HERO WAX QUIZ MAPLE
-    BRAVO VISTA PEAK DOCK LOFT""".split()
+    """GATE CORNER PLAZA BAKERY GALAXY BALLYS CARP SEACREST ZONE FALCON VILLA TROPHY OASIS JUMBO KIOSK HERO WAX QUIZ
+    MAPLE BRAVO VISTA PEAK DOCK LOFT""".split()
 )
 
 
@@ -195,9 +195,8 @@ def _draw_shape(pen: ImageDraw.ImageDraw, scene: Scene, cx: float, cy: float, s:
     elif scene.shape == "square sign":
         pen.rectangle(box(96, 96), fill=fill)
     elif scene.shape == "octagonal sign":
-        r = 54
-        corners = [(r * math.cos(math.pi / 8 + k * math.pi / 4), r * math.sin(math.pi / 8 + k * math.pi / 4)) for k in range(8)]
-        pen.polygon(polygon(corners), fill=fill)
+        angles = [math.pi / 8 + k * math.pi / 4 for k in range(8)]
+        pen.polygon(polygon([(54 * math.cos(angle), 54 * math.sin(angle)) for angle in angles]), fill=fill)
     elif scene.shape == "diamond sign":
         pen.polygon(polygon([(0, -60), (60, 0), (0, 60), (-60, 0)]), fill=fill)
     elif scene.shape == "label":
@@ -206,8 +205,8 @@ def _draw_shape(pen: ImageDraw.ImageDraw, scene: Scene, cx: float, cy: float, s:
         pen.ellipse(box(104, 104), fill=fill)
         pen.ellipse(box(92, 92), outline=edge, width=line)
     elif scene.shape == "jersey":
-        sleeves = [(-18, -50), (18, -50), (34, -44), (58, -16), (42, -4), (34, -14), (34, 54), (-34, 54), (-34, -14), (-42, -4), (-58, -16), (-34, -44)]
-        pen.polygon(polygon(sleeves), fill=fill)
+        right = [(18, -50), (34, -44), (58, -16), (42, -4), (34, -14), (34, 54)]
+        pen.polygon(polygon(right + [(-x, y) for x, y in reversed(right)]), fill=fill)
         pen.ellipse(box(34, 18, -50), fill=COLOURS[scene.wall_colour])
     else:  # shopfront: a signboard above a window under a striped awning
         pen.rectangle(box(116, 38, -34), fill=fill)
@@ -228,7 +227,8 @@ def _draw_word(image: Image.Image, scene: Scene, cx: float, cy: float, s: int) -
     if scene.layout == "straight":
         font = _fitted(scene.font, scene.word, width * s, height * s)
         left, top, right, bottom = font.getbbox(scene.word)
-        ImageDraw.Draw(image).text((cx - (left + right) / 2, cy - (top + bottom) / 2), scene.word, font=font, fill=colour)
+        place = cx - (left + right) / 2, cy - (top + bottom) / 2
+        ImageDraw.Draw(image).text(place, scene.word, font=font, fill=colour)
         return
     # On an arch each letter is turned by its place on a circle whose centre lies below the word.
     font = _fitted(scene.font, scene.word, width * s * 0.94, height * s * 0.72)
@@ -245,7 +245,8 @@ def _draw_word(image: Image.Image, scene: Scene, cx: float, cy: float, s: int) -
         left, _, right, _ = font.getbbox(letter)
         pad = int(2 * max(right - left, bottom - top))
         tile = Image.new("L", (pad, pad), 0)
-        ImageDraw.Draw(tile).text((pad / 2 - (left + right) / 2, pad / 2 - (top + bottom) / 2), letter, font=font, fill=255)
+        place = pad / 2 - (left + right) / 2, pad / 2 - (top + bottom) / 2
+        ImageDraw.Draw(tile).text(place, letter, font=font, fill=255)
         tile = tile.rotate(-math.degrees(angle), resample=Image.Resampling.BICUBIC)
         x = cx + radius * math.sin(angle)
         y = cy + radius * (1 - math.cos(angle)) - rise / 2 + (half - half * math.cos(angle)) * 0.5

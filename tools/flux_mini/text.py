@@ -1,7 +1,7 @@
 """Tokenizers and text encoders of flux-mini.
 
-T5 reads capital letters one by one (sub-word tokens would hide the spelling) and known lower-case words whole; CLIP, whose
-pooled output carries the colours and shapes, reads ordinary byte-pair tokens.
+T5 reads capital letters one by one (sub-word tokens would hide the spelling) and known lower-case words whole; CLIP,
+whose pooled output carries the colours and shapes, reads ordinary byte-pair tokens.
 """
 
 import json

@@ -1,4 +1,5 @@
-"""What every training stage shares: a learning-rate schedule, an exponential average, checkpoints that survive a kill."""
+"""What every training stage shares: a learning-rate schedule, an exponential average, checkpoints that survive a
+kill."""
 
 import csv
 import math

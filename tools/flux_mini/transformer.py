@@ -87,7 +87,9 @@ def noise_levels(count: int, generator: torch.Generator) -> torch.Tensor:
     return shift / (shift + 1 / t - 1)
 
 
-def examples(pool: Pool, seed: int, step: int, batch: int, dropout: float) -> tuple[torch.Tensor, list[str], torch.Generator]:
+def examples(
+    pool: Pool, seed: int, step: int, batch: int, dropout: float
+) -> tuple[torch.Tensor, list[str], torch.Generator]:
     """Latents (B, 64, 64), captions and the generator of this step's noise: a function of seed and step."""
     rng = random.Random(f"batch-{seed}-{step}")
     indices = [rng.randrange(len(pool)) for _ in range(batch)]

@@ -1,7 +1,7 @@
 """Stage 1: the autoencoder, 3x128x128 pixels to 16x16x16 latents and back.
 
-Purely convolutional (no attention in the middle), so that it can be trained on 64x64 crops around the letters, where the
-detail is, and run on whole images.
+Purely convolutional (no attention in the middle), so that it can be trained on 64x64 crops around the letters, where
+the detail is, and run on whole images.
 """
 
 import argparse
