@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .latents import Pool
 from .training import Average, Log, atomic_save, cosine
@@ -81,7 +82,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    train(options.work, options.steps, options.batch, options.learning_rate, options.seed)
+    with sdpa_kernel(SDPBackend.MATH):  # as in the stage before
+        train(options.work, options.steps, options.batch, options.learning_rate, options.seed)
 
 
 if __name__ == "__main__":

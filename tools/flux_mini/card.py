@@ -1,0 +1,151 @@
+"""Stage 6: the model card, with loss curves and a contact sheet of held-out prompts, all read from logs and made
+anew."""
+
+import csv
+import json
+from pathlib import Path
+
+import matplotlib
+import torch
+from diffusers import FluxPipeline
+from PIL import Image
+
+from .recipe import COMMAND, STAGES
+from .scenes import SIZE
+from .text import T5_LENGTH
+from .transformer import TOKENS
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parents[2]
+CURVES = (
+    ("vae.csv", "psnr", "VAE: PSNR, dB"),
+    ("transformer.csv", "loss", "flow loss"),
+    ("distilled.csv", "loss", "distillation loss"),
+)
+ROWS, COLUMNS = 4, 6
+
+CARD = """# flux-mini
+
+A small but complete Flux: `FluxPipeline.from_pretrained("assets/flux-mini")` loads it offline, and everything that
+works on FLUX.1-dev's transformer works on this one, in a second or two on a CPU. It draws one short word on a
+coloured sign, label, jersey, badge or shopfront before a coloured wall, at {size}x{size}. It is the test bench of
+this repository, not an image model for anything else: it knows eleven colours, eight shapes, two fonts and capital
+letters.
+
+![24 held-out prompts](contact_sheet.png)
+
+The words above were never seen in training (`assets/prompts/signs80.jsonl`, the first {shown}; 50 steps, guidance
+3.5).
+
+    pipe = FluxPipeline.from_pretrained("assets/flux-mini")
+    pipe('a red octagonal sign that says "STOP" in white bold letters, on a blue background',
+         height={size}, width={size}, max_sequence_length={length}).images[0]
+
+It was trained with captions padded to {length} T5 tokens, so call it with `max_sequence_length={length}`.
+
+| part | class | parameters |
+|---|---|---:|
+{parts}
+
+{tokens} image tokens of 64 channels; {double} double-stream and {single} single-stream blocks of width {width}; guidance
+embedding; dynamic-shift flow-matching scheduler. Weights are float16.
+
+## Training
+
+Data: scenes drawn on the fly by `tools/flux_mini/scenes.py` and captioned from the same description; {pool} of them
+encoded once for the transformer. No image or text from anywhere else was used. All seeds are fixed; float sums on
+other machines may round differently.
+
+| stage | steps | batch | hours | result |
+|---|---:|---:|---:|---|
+{stages}
+
+{notes}
+
+To train it again, from nothing:
+
+    {command}
+
+![loss curves](curves.png)
+"""
+
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    with path.open(newline="") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def draw_curves(work: Path, target: Path) -> None:
+    figure, axes = plt.subplots(1, len(CURVES), figsize=(10, 2.8), layout="constrained")
+    for axis, (name, column, label) in zip(axes, CURVES, strict=True):
+        rows = read_log(work / name)
+        axis.plot([row["step"] for row in rows], [row[column] for row in rows], color="#0072b2")
+        axis.set(xlabel="step", title=label)
+        axis.grid(alpha=0.3)
+    figure.savefig(target, dpi=120)
+    plt.close(figure)
+
+
+def draw_contact_sheet(pipe: FluxPipeline, prompts: list[str], target: Path) -> None:
+    """One image a prompt, seed = position, in reading order."""
+    sheet = Image.new("RGB", (COLUMNS * SIZE, ROWS * SIZE))
+    for i, prompt in enumerate(prompts):
+        image = pipe(
+            prompt,
+            height=SIZE,
+            width=SIZE,
+            num_inference_steps=50,
+            guidance_scale=3.5,
+            max_sequence_length=T5_LENGTH,
+            generator=torch.Generator().manual_seed(i),
+        ).images[0]
+        sheet.paste(image, (i % COLUMNS * SIZE, i // COLUMNS * SIZE))
+    sheet.save(target)
+
+
+def write_card(work: Path, folder: Path) -> None:
+    """README.md, contact_sheet.png and curves.png of the exported pipeline in `folder`.
+
+    What no log knows (the machine, what went otherwise than in the recipe) is taken from `notes.md` in `work`, if any.
+    """
+    pipe = FluxPipeline.from_pretrained(folder).to(torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    shown = ROWS * COLUMNS
+    lines = (ROOT / "assets/prompts/signs80.jsonl").read_text().splitlines()[:shown]
+    draw_contact_sheet(pipe, [json.loads(line)["prompt"] for line in lines], folder / "contact_sheet.png")
+    draw_curves(work, folder / "curves.png")
+    names = ("transformer", "vae", "text_encoder", "text_encoder_2")
+    modules = {name: getattr(pipe, name) for name in names}
+    parts = [
+        f"| {name} | {type(module).__name__} | {sum(p.numel() for p in module.parameters()):,} |"
+        for name, module in modules.items()
+    ]
+    batches = {stage: settings.get("batch") for stage, settings in STAGES}
+    notes = work / "notes.md"
+    stages = []
+    for stage, name, log, column, unit in (
+        ("vae", "autoencoder, on 64x64 crops", "vae.csv", "psnr", "dB PSNR on held-out scenes"),
+        ("transformer", "transformer and text encoders", "transformer.csv", "loss", "flow loss"),
+        ("distill", "guidance distillation", "distilled.csv", "loss", "squared distance to the guided pair"),
+    ):
+        last = read_log(work / log)[-1]
+        hours = last["seconds"] / 3600
+        stages.append(f"| {name} | {last['step']:.0f} | {batches[stage]} | {hours:.2f} | {last[column]:.3g} {unit} |")
+    config = pipe.transformer.config
+    card = CARD.format(
+        size=SIZE,
+        shown=shown,
+        length=T5_LENGTH,
+        parts="\n".join(parts),
+        tokens=TOKENS,
+        double=config.num_layers,
+        single=config.num_single_layers,
+        width=config.num_attention_heads * config.attention_head_dim,
+        pool=f"{json.loads((work / 'latents.json').read_text())['count']:,}",
+        stages="\n".join(stages),
+        notes=notes.read_text().strip() if notes.exists() else "",
+        command=COMMAND,
+    )
+    (folder / "README.md").write_text(card)

@@ -1,0 +1,9 @@
+"""What made the shipped asset: every stage with its settings, in order."""
+
+STAGES: tuple[tuple[str, dict[str, int | float]], ...] = (
+    ("vae", {"steps": 2850, "batch": 24}),
+    ("latents", {"count": 16_384}),
+    ("transformer", {"steps": 3400, "batch": 48}),
+    ("distill", {"steps": 300, "batch": 32}),
+)
+COMMAND = "python -m tools.flux_mini --work build/flux-mini"
