@@ -18,7 +18,7 @@ import torch
 from .adapters import Adapter, Denoising
 from .config import CacheConfig
 from .decisions import Decision
-from .interception import Interception
+from .interception import Interception, interception_of
 from .memory import Context, Run, Runs
 from .pfs import deviation, relative_l1
 from .stages import Stage
@@ -135,7 +135,8 @@ class Engine:
 
     def _set_time(self, call: Call, timestep: float) -> bool:
         """Tell the call its timestep. True where this shows that a new run began with the old run's `img_ids`."""
-        begins = call.run.starts_over(call.context, timestep)
+        exact = call.denoising.timestep.dtype in (torch.float32, torch.float64)
+        begins = call.run.starts_over(call.context, timestep, exact)
         if begins:
             call.run = self.runs.begin(call.denoising.img_ids, call.run.shape, call.run.stages)
             call.context = call.run.context(call.denoising.branch)
@@ -146,6 +147,8 @@ class Engine:
     def _block(self, block: torch.nn.Module, proceed: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """One call of a block: enter its stage, go on in it, or have nothing to do with it."""
         call: Call | None = getattr(self._active, "call", None)
+        if call is None:
+            self._check_watched()
         place = call.method.places.get(block) if call else None
         if place is None:
             return proceed(*args, **kwargs)
@@ -156,6 +159,14 @@ class Engine:
         if not visit.computed and not place.is_last:
             return place.call.untouched(arguments)
         return self._go_on(call, place, visit, proceed, arguments)
+
+    def _check_watched(self) -> None:
+        """A block may be called on its own, but not by a model whose calls we no longer see."""
+        if interception_of(self.transformer) is None:
+            raise RuntimeError(
+                "the transformer was compiled as a whole after h2cache.apply, so its cache cannot work: compile its "
+                "blocks instead, with transformer.compile_repeated_blocks(), or remove the cache first"
+            )
 
     def _enter(self, call: Call, place: Place, proceed: Callable, arguments: dict[str, Any]) -> Any:
         """Run the stage's first block and decide about the others."""

@@ -49,6 +49,12 @@ class Interception:
             self.module.__dict__[SLOT] = self._compiled
 
 
+def is_compiled(module: object) -> bool:
+    """Whether `Module.compile` was called on this very module."""
+    slot = getattr(module, "__dict__", {}).get(SLOT)
+    return slot is not None and not isinstance(slot, Interception)
+
+
 def interception_of(module: torch.nn.Module) -> Interception | None:
     """The interception that `module` wears, if any."""
     current = module.__dict__.get(SLOT)

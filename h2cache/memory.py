@@ -75,14 +75,17 @@ class Run:
     first_timestep: float | None = None
     last_timestep: float | None = None
 
-    def starts_over(self, context: Context, timestep: float) -> bool:
+    def starts_over(self, context: Context, timestep: float, exact: bool) -> bool:
         """Whether a call at `timestep` cannot belong to this run: denoising never goes up, nor back to its first step.
 
-        A later timestep may come twice, as with schedulers that evaluate a step twice.
+        A later timestep may come twice, as with schedulers that evaluate a step twice. `exact` is False for timesteps
+        of low precision, which may round the second step onto the first and say nothing when they are equal.
         """
         if self.first_timestep is None or self.last_timestep is None:
             return False
-        return timestep > self.last_timestep or (context.step > 0 and timestep >= self.first_timestep)
+        if timestep > self.last_timestep:
+            return True
+        return exact and context.step > 0 and timestep == self.first_timestep
 
     def note_timestep(self, timestep: float) -> None:
         if self.first_timestep is None:

@@ -6,6 +6,7 @@ never copies a forward. To support another transformer, write one and add it to 
 
 import torch
 
+from ..interception import is_compiled
 from .base import Adapter, Denoising
 from .diffusers_flux import DiffusersFlux
 
@@ -20,10 +21,10 @@ def find_adapter(target: object) -> tuple[torch.nn.Module, Adapter]:
     TypeError for anything else, naming what is supported.
     """
     transformer = target if isinstance(target, torch.nn.Module) else getattr(target, "transformer", None)
-    if hasattr(transformer, "_orig_mod"):
+    if hasattr(transformer, "_orig_mod") or is_compiled(transformer):
         raise TypeError(
-            f"h2cache.apply got a {type(transformer._orig_mod).__name__} inside torch.compile, which would compile the "
-            "cache's decisions away: pass the plain transformer and compile its blocks with compile_repeated_blocks()"
+            "h2cache.apply got a transformer that was compiled as a whole, which would compile the cache's decisions "
+            "away: pass the plain transformer and compile its blocks with transformer.compile_repeated_blocks()"
         )
     for adapter in ADAPTERS:
         if adapter.supports(transformer):

@@ -1,4 +1,4 @@
-"""Stage 6: the model card, with loss curves and a contact sheet of held-out prompts, all read from logs and made
+"""Stage 7: the model card, with loss curves and a contact sheet of held-out prompts, all read from logs and made
 anew."""
 
 import csv
@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parents[2]
 CURVES = (
     ("vae.csv", "psnr", "VAE: PSNR, dB"),
+    ("decoder.csv", "psnr", "decoder: PSNR, dB"),
     ("transformer.csv", "loss", "flow loss"),
     ("distilled.csv", "loss", "distillation loss"),
 )
@@ -78,7 +79,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 
 def draw_curves(work: Path, target: Path) -> None:
-    figure, axes = plt.subplots(1, len(CURVES), figsize=(10, 2.8), layout="constrained")
+    figure, axes = plt.subplots(1, len(CURVES), figsize=(12, 2.8), layout="constrained")
     for axis, (name, column, label) in zip(axes, CURVES, strict=True):
         rows = read_log(work / name)
         axis.plot([row["step"] for row in rows], [row[column] for row in rows], color="#0072b2")
@@ -127,6 +128,7 @@ def write_card(work: Path, folder: Path) -> None:
     stages = []
     for stage, name, log, column, unit in (
         ("vae", "autoencoder, on 64x64 crops", "vae.csv", "psnr", "dB PSNR on held-out scenes"),
+        ("decoder", "decoder alone", "decoder.csv", "psnr", "dB PSNR on held-out scenes"),
         ("transformer", "transformer and text encoders", "transformer.csv", "loss", "flow loss"),
         ("distill", "guidance distillation", "distilled.csv", "loss", "squared distance to the guided pair"),
     ):

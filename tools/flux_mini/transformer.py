@@ -1,4 +1,4 @@
-"""Stage 3: the transformer with its text encoders, trained from scratch and together by rectified flow.
+"""Stage 4: the transformer with its text encoders, trained from scratch and together by rectified flow.
 
 `x_t = (1 - t) x_0 + t noise`, target `noise - x_0`; t is logit-normal under the shift that sampling uses at 64 tokens
 (arXiv 2403.03206). Matrices are trained by Muon, everything else by AdamW.

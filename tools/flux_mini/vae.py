@@ -57,15 +57,26 @@ def crops(rng: random.Random, count: int) -> torch.Tensor:
     return to_pixels(pieces[:count])
 
 
-def loss_terms(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """L1, L1 of the horizontal and vertical differences, and KL in nats per latent element."""
-    posterior = vae.encode(pixels).latent_dist
-    reconstruction = vae.decode(posterior.sample()).sample.float()
+def pixel_losses(reconstruction: torch.Tensor, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """L1, and L1 of the horizontal and vertical differences."""
     l1 = (reconstruction - pixels).abs().mean()
     edge = sum((a - b).abs().mean() for a, b in zip(edges(reconstruction), edges(pixels), strict=True))
+    return l1, edge
+
+
+def loss_terms(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The pixel losses, and KL in nats per latent element."""
+    posterior = vae.encode(pixels).latent_dist
+    l1, edge = pixel_losses(vae.decode(posterior.sample()).sample.float(), pixels)
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     return l1, edge, kl
+
+
+def validation_pixels(seed: int) -> torch.Tensor:
+    """64 whole scenes that no training step draws."""
+    rng = random.Random(seed + 1_000_003)
+    return to_pixels([draw(random_scene(rng)) for _ in range(64)])
 
 
 @torch.no_grad()
@@ -90,8 +101,7 @@ def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int) -
         vae.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
-    held_out = random.Random(seed + 1_000_003)
-    validation = to_pixels([draw(random_scene(held_out)) for _ in range(64)])
+    validation = validation_pixels(seed)
     log = Log(work / "vae.csv", ("l1", "edge", "kl", "psnr", "psnr_letters"), start)
     for step in range(start, steps):
         for group in optimizer.param_groups:

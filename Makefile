@@ -1,0 +1,34 @@
+# make run [ARGS='prompt="a cat" seed=3']    draw an image; the arguments are run.py's
+# make test [ARGS='-k timeline']             run the tests; the arguments are pytest's
+# make lint
+#
+# The packages live in .venv, made by PYTHON (3.11 or newer). They are installed again only when a requirements file has
+# changed: each stamp is made by the last command of its recipe, so an interrupted install leaves none.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+ARGS ?=
+OLD := 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is too old: make PYTHON=python3.11 or newer")'
+
+.PHONY: run test lint
+
+run: $(VENV)/run.stamp
+	$(BIN)/python run.py $(ARGS)
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(VENV)/run.stamp: requirements.txt
+	@$(PIP) --version > /dev/null 2>&1 || { $(PYTHON) -c $(OLD) && $(PYTHON) -m venv --clear $(VENV); }
+	$(PIP) install -r requirements.txt
+	@touch $@
+
+$(VENV)/dev.stamp: requirements-dev.txt $(VENV)/run.stamp
+	$(PIP) install -r requirements-dev.txt
+	@touch $@

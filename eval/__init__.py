@@ -1,0 +1,1 @@
+"""From prompts to images to tables: what the programs and the experiments share."""
