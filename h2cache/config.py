@@ -22,6 +22,11 @@ class CacheConfig:
     def __post_init__(self) -> None:
         self._one_of("batch_decision", ("sample", "mean"))
 
+    @property
+    def decides_together(self) -> bool:
+        """Whether the images of a batch share one decision."""
+        return self.batch_decision == "mean"
+
     def compose(self) -> tuple[Stage, ...]:
         """The method as stages, in the order of the network."""
         raise TypeError(f"{type(self).__name__} describes no method; use one of the methods' configs")

@@ -41,6 +41,6 @@ class Threshold:
             return Decision.COMPUTE
         return Decision.FORCED if parent_skipped else None
 
-    def measured(self, difference: float) -> Decision:
-        """The decision at a measured relL1."""
-        return Decision.HIT if difference < self.threshold else Decision.COMPUTE
+    def measured(self, difference: float | None) -> Decision:
+        """The decision at a measured relL1; None: there was nothing sound to compare with."""
+        return Decision.HIT if difference is not None and difference < self.threshold else Decision.COMPUTE

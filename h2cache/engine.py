@@ -9,62 +9,23 @@ block, which adds the forecast residual. Samples that miss are computed in a bat
 import math
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 
 from .adapters import Adapter, Denoising
+from .call import Call, Method, Place
 from .config import CacheConfig
 from .decisions import Decision
 from .interception import Interception, interception_of
-from .memory import Context, Run, Runs
+from .memory import Moment, Runs
 from .pfs import deviation, relative_l1
 from .stages import Stage
-from .streams import BlockCall, Streams
+from .streams import Streams
 from .trace import Row, Trace
 from .visit import Visit
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a block stands in its stage, and how it is called."""
-
-    stage: Stage
-    index: int
-    last: int
-    call: BlockCall
-
-    @property
-    def is_last(self) -> bool:
-        return self.index == self.last
-
-
-@dataclass(frozen=True)
-class Method:
-    """A configuration laid out on the blocks of one transformer."""
-
-    config: CacheConfig
-    places: dict[torch.nn.Module, Place]
-    blocks: dict[str, int]
-    remembers: tuple
-
-
-@dataclass
-class Call:
-    """One call of the denoiser, as far as it has come."""
-
-    method: Method
-    denoising: Denoising
-    run: Run
-    context: Context
-    timestep: float | torch.Tensor
-    visits: dict[str, Visit] = field(default_factory=dict)
-
-    @property
-    def text_tokens(self) -> int:
-        return self.denoising.encoder_hidden_states.shape[1]
 
 
 class Engine:
@@ -74,14 +35,19 @@ class Engine:
         self.transformer = transformer
         self.adapter = adapter
         self.runs = Runs()
-        self._groups = adapter.groups(transformer)
+        self.trace = Trace()
         self._active = threading.local()
+        self._watch(config)
+
+    def _watch(self, config: CacheConfig) -> None:
+        """Intercept the calls of the model and of every block that it has now."""
+        self._groups = self.adapter.groups(self.transformer)
         blocks = [block for group in self._groups.values() for block in group]
-        self.trace = Trace(total_blocks=len(blocks))
+        self.trace.total_blocks = len(blocks)
         self.use(config)
-        self._interceptions = [Interception(transformer, self._denoise, self)]
+        self._interceptions = [Interception(self.transformer, self._denoise, self)]
         self._interceptions += [Interception(block, partial(self._block, block), self) for block in blocks]
-        self.attach()
+        self._attach()
 
     def use(self, config: CacheConfig) -> None:
         """Follow `config` from the next call on. Runs in progress go on where what they remember still serves."""
@@ -95,24 +61,35 @@ class Engine:
         self.trace.stage_blocks.update(blocks)
         self.method = Method(config, places, blocks, tuple(stage.remembers for stage in stages))
 
-    def attach(self) -> None:
+    def _attach(self) -> None:
         """Put every interception in its place, around what may have been compiled since the last call."""
         for interception in self._interceptions:
             interception.attach()
 
     def detach(self) -> None:
         """Leave the transformer as it was found, and hold nothing of any run."""
-        for interception in self._interceptions:
+        interceptions, self._interceptions = self._interceptions, []
+        for interception in interceptions:
             interception.detach()
         self.runs.clear()
 
+    def _keep_up(self) -> None:
+        """Meet what happened to the transformer since the last call: blocks compiled, wrapped or replaced."""
+        if not self._interceptions:
+            return  # removed by another thread while this call was on its way
+        if self.adapter.groups(self.transformer) == self._groups:
+            self._attach()
+        else:
+            self.detach()
+            self._watch(self.method.config)
+
     def _denoise(self, proceed: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """One call of the model."""
-        self.attach()
+        self._keep_up()
         call = self._open(self.adapter.denoising(self.transformer, args, kwargs))
         outer = getattr(self._active, "call", None)
-        self._active.call = call
         try:
+            self._active.call = call
             output = proceed(*args, **kwargs)
         except BaseException:
             # Half of this step may be remembered; a caller that tries again must not build on it.
@@ -127,22 +104,31 @@ class Engine:
         method, image = self.method, denoising.hidden_states
         key = (tuple(image.shape), image.dtype, image.device)
         run = self.runs.find(denoising.img_ids, key, method.remembers)
+        context = run.context(denoising.branch, image)
         timestep = denoising.timestep.reshape(-1)[:1]
-        call = Call(method, denoising, run, run.context(denoising.branch), timestep)
-        if timestep.device.type == "cpu":
+        call = Call(method, denoising, run, context, Moment(timestep, self.adapter.timestep_scale))
+        if on_host(timestep):
             self._set_time(call, timestep.tolist()[0])
+        else:
+            run.unread.append(call.moment)
+        call.context.note_input(image)
         return call
 
     def _set_time(self, call: Call, timestep: float) -> bool:
-        """Tell the call its timestep. True where this shows that a new run began with the old run's `img_ids`."""
+        """Tell the call its timestep. True where this shows that its context's memory is of a run before."""
+        call.moment.value = timestep
         exact = call.denoising.timestep.dtype in (torch.float32, torch.float64)
-        begins = call.run.starts_over(call.context, timestep, exact)
-        if begins:
+        stale = False
+        if call.run.starts_over(call.context, timestep, exact):
+            # The caller kept its `img_ids` from one run to the next.
+            stale, context = call.context.timed, call.context
             call.run = self.runs.begin(call.denoising.img_ids, call.run.shape, call.run.stages)
-            call.context = call.run.context(call.denoising.branch)
-        call.run.note_timestep(timestep)
-        call.timestep = timestep * self.adapter.timestep_scale
-        return begins
+            if stale:
+                call.context = call.run.context(call.denoising.branch, call.denoising.hidden_states)
+            else:  # new with this run, so its memory is of this run, though its first steps went unread
+                call.run.contexts.append(context)
+        call.run.note_timestep(call.context, timestep)
+        return stale
 
     def _block(self, block: torch.nn.Module, proceed: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """One call of a block: enter its stage, go on in it, or have nothing to do with it."""
@@ -173,8 +159,9 @@ class Engine:
         before = place.call.read(arguments, call.text_tokens)
         output = proceed(**arguments)
         after = place.call.parse(output, call.text_tokens)
+        if call.denoising.adds_between_blocks:
+            after = place.call.kept(after)
         visit = self._decide(call, place.stage, before, after)
-        visit.output = output
         call.visits[place.stage.name] = visit
         if place.is_last:
             visit.remember(after, call.context.step)
@@ -182,11 +169,10 @@ class Engine:
 
     def _go_on(self, call: Call, place: Place, visit: Visit, proceed: Callable, arguments: dict[str, Any]) -> Any:
         """Run a later block for the samples that need it; at the stage's last block, give the others their forecast."""
-        arrived = place.call.untouched(arguments)
-        streams = place.call.read(arguments, call.text_tokens)
-        output, end = arrived, streams
+        streams = end = place.call.read(arguments, call.text_tokens)
+        output = None
         if visit.computed:
-            if not _same(arrived, visit.output):
+            if call.denoising.adds_between_blocks:
                 visit.note_additions(streams)
             if visit.rows is None:
                 output = proceed(**arguments)
@@ -198,7 +184,7 @@ class Engine:
                 )
                 end = Streams(*(s.index_copy(0, visit.rows, c) for s, c in zip(streams, computed, strict=True)))
                 output = place.call.result(end)
-            visit.output, visit.returned = output, end
+            visit.returned = place.call.kept(end) if call.denoising.adds_between_blocks else end
         if not place.is_last:
             return output
         visit.remember(end, call.context.step)
@@ -206,6 +192,7 @@ class Engine:
             return output
         return place.call.result(visit.stand_in(end, call.context.step))
 
+    @torch.no_grad()
     def _decide(self, call: Call, stage: Stage, before: Streams, after: Streams) -> Visit:
         """Hit or compute, for each sample; the only place that reads from the device, once."""
         batch, step = after.hidden_states.shape[0], call.context.step
@@ -220,15 +207,20 @@ class Engine:
             for sample, decision in enumerate(decisions)
         ]
         differences: list[float | None] = [None] * batch
+        seen: dict[int, list[float]] = {}
         undecided = [sample for sample, decision in enumerate(decisions) if decision is None]
         if undecided:
             deviations = [deviation(memories[sample].reference, probes[sample]) for sample in undecided]
-            measured, begins = self._read(call, deviations)
-            if begins:
+            measured, stale = self._read(call, deviations)
+            if stale:
                 return self._decide(call, stage, before, after)
-            shared = call.method.config.batch_decision == "mean"
-            for sample, single in zip(undecided, measured, strict=True):
-                differences[sample] = relative_l1(measured if shared else [single])
+            # What was read may have shown that a reference was not finite, and made its memory forget it.
+            pairs = zip(undecided, measured, strict=True)
+            seen = {sample: pair for sample, pair in pairs if memories[sample].reference is not None}
+            for sample in undecided:
+                if sample in seen:
+                    together = call.method.config.decides_together
+                    differences[sample] = relative_l1([*seen.values()] if together else [seen[sample]])
                 decisions[sample] = stage.rule.measured(differences[sample])
         visit = Visit(stage, memories, decisions, anchor=after, returned=after)
         for sample, (memory, decision) in enumerate(zip(memories, decisions, strict=True)):
@@ -237,23 +229,38 @@ class Engine:
                 continue
             memory.consecutive_hits = 0
             visit.computed.append(sample)
-            if differences[sample] is None or math.isfinite(differences[sample]):
+            if sample not in seen:
+                memory.remember_unseen(probes[sample])
+            elif math.isfinite(seen[sample][0]):  # the reference is finite, so this is if the probe is
                 memory.reference = probes[sample]
             else:
                 memory.forget()
                 visit.unsound.add(sample)
         if 0 < len(visit.computed) < batch:
-            visit.rows = torch.tensor(visit.computed, device=after.hidden_states.device)
+            # Not `torch.tensor(..., device=...)`, whose copy waits for the device.
+            visit.rows = torch.tensor(visit.computed).to(after.hidden_states.device, non_blocking=True)
         self._record(call, stage, decisions, differences)
         return visit
 
     def _read(self, call: Call, deviations: list[torch.Tensor]) -> tuple[list[list[float]], bool]:
-        """The deviations as floats, in one transfer together with a timestep that is not known yet."""
-        if isinstance(call.timestep, float):
-            return torch.stack(deviations).tolist(), False
-        flat = torch.cat([*deviations, call.timestep.to(deviations[0])]).tolist()
-        pairs = [flat[i : i + 2] for i in range(0, len(flat) - 1, 2)]
-        return pairs, self._set_time(call, flat[-1])
+        """The deviations as floats, and whether the context's memory turns out to be of a run before.
+
+        One transfer brings them together with everything else of the run that nobody has read yet: timesteps, and
+        whether unmeasured probes were finite.
+        """
+        unread, call.run.unread = call.run.unread, []
+        doubtful = [memory for memory in call.context.memories() if memory.doubt is not None]
+        late = [moment.value.to(deviations[0]) for moment in unread]
+        values = iter(torch.cat([*deviations, *(memory.doubt for memory in doubtful), *late]).tolist())
+        pairs = [list(islice(values, 2)) for _ in deviations]
+        for memory in doubtful:
+            memory.doubt = None
+            if not math.isfinite(next(values)):
+                memory.forget()
+        for moment, value in zip(unread, values, strict=True):
+            moment.value = value
+        is_late = any(moment is call.moment for moment in unread)
+        return pairs, is_late and self._set_time(call, call.moment.value)
 
     def _record(self, call: Call, stage: Stage, decisions: list[Decision], differences: list[float | None]) -> None:
         rows = self.trace.rows_of(call.run.number)
@@ -263,7 +270,7 @@ class Engine:
                 Row(
                     call.run.number,
                     call.context.step,
-                    call.timestep,
+                    call.moment,
                     call.context.name,
                     sample,
                     stage.name,
@@ -275,8 +282,6 @@ class Engine:
             )
 
 
-def _same(arrived: Any, returned: Any) -> bool:
-    """Whether a block was called with the very tensors that the block before it returned."""
-    if isinstance(arrived, tuple) and isinstance(returned, tuple):
-        return all(a is r for a, r in zip(arrived, returned, strict=True))
-    return arrived is returned
+def on_host(tensor: torch.Tensor) -> bool:
+    """Whether a tensor can be read without waiting for an accelerator."""
+    return tensor.device.type == "cpu"

@@ -71,6 +71,7 @@ def apply(pipe_or_transformer: object, config: CacheConfig) -> Handle:
     if not isinstance(config, CacheConfig):
         raise TypeError(f"h2cache.apply got {config!r} as config: pass a method's config, such as H2CacheConfig()")
     transformer, adapter = find_adapter(pipe_or_transformer)
+    config.compose()  # a config that describes no method is refused before anything changes
     worn = interception_of(transformer)
     if worn is not None:
         worn.owner.detach()

@@ -27,6 +27,10 @@ class Interception:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.handler(self.proceed, args, kwargs)
 
+    def __bool__(self) -> bool:
+        """Whether the module is compiled: others ask the slot this question (PEFT, before it swaps adapters)."""
+        return self._compiled is not None
+
     @property
     def proceed(self) -> Callable[..., Any]:
         return self._compiled or self.module._call_impl

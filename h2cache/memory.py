@@ -21,24 +21,47 @@ from .streams import Streams
 class SampleMemory:
     """One stage of one sample.
 
-    `reference`: the probe of the last computed step, (1, tokens', channels') float32. `terms`: the residual of that
-    step and its differences, order + 1 at most, each (1, N, D) and (1, M, D) in the model's dtype.
+    `reference`: the probe of the last computed step, (1, tokens', channels') float32. `doubt`: shape (1,), finite if
+    every probe was that came to be remembered without being compared; None when that is known. `terms`: the residual
+    of the last computed step and its differences, order + 1 at most, each (1, N, D) and (1, M, D) in the model's dtype.
     """
 
     reference: Tensor | None = None
+    doubt: Tensor | None = None
     terms: list[Streams] = field(default_factory=list)
     computed_step: int = 0
     consecutive_hits: int = 0
 
     def forget(self) -> None:
         """Start afresh: the next call computes."""
-        self.reference, self.terms = None, []
+        self.reference, self.doubt, self.terms = None, None, []
+
+    def remember_unseen(self, probe: Tensor) -> None:
+        """Take as reference a probe that nothing was compared with; the next read tells whether it was finite."""
+        magnitude = probe.abs().mean().reshape(1)
+        self.doubt = magnitude if self.doubt is None else self.doubt + magnitude
+        self.reference = probe
 
     def tensors(self) -> Iterator[Tensor]:
         if self.reference is not None:
             yield self.reference
         for term in self.terms:
             yield from term
+
+
+@dataclass(eq=False)
+class Moment:
+    """The timestep of a call: a number once it was read, till then where it was given, which may be an accelerator.
+
+    As a float it is in the model's unit of 0 to 1000, `scale` times the unit of the call. Only a run that ends before
+    it measured anything leaves its timesteps unread, a few bytes a step.
+    """
+
+    value: float | Tensor
+    scale: float
+
+    def __float__(self) -> float:
+        return float(self.value) * self.scale
 
 
 @dataclass
@@ -48,15 +71,38 @@ class Context:
     name: str
     embeddings: tuple[weakref.ref, ...]
     step: int = 0
+    timed: bool = False  # whether any call's timestep is known yet
     stages: dict[str, list[SampleMemory]] = field(default_factory=dict)
+    _last_input: tuple[weakref.ref, int] | None = None
+
+    def knows(self, embeddings: tuple[Tensor, ...]) -> bool:
+        """Whether these very tensors name this context."""
+        return all(ref() is tensor for ref, tensor in zip(self.embeddings, embeddings, strict=True))
+
+    def has_seen(self, hidden_states: Tensor) -> bool:
+        """Whether the last call had this very input: a step calls each branch once, so this call is another branch's.
+
+        Inference tensors have no version counter, so that a loop which steps in place looks the same: no conclusion.
+        """
+        if self._last_input is None or hidden_states.is_inference():
+            return False
+        ref, version = self._last_input
+        return ref() is hidden_states and version == hidden_states._version
+
+    def note_input(self, hidden_states: Tensor) -> None:
+        if not hidden_states.is_inference():
+            self._last_input = weakref.ref(hidden_states), hidden_states._version
 
     def stage(self, name: str, batch: int) -> list[SampleMemory]:
         return self.stages.setdefault(name, [SampleMemory() for _ in range(batch)])
 
-    def tensors(self) -> Iterator[Tensor]:
+    def memories(self) -> Iterator[SampleMemory]:
         for samples in self.stages.values():
-            for sample in samples:
-                yield from sample.tensors()
+            yield from samples
+
+    def tensors(self) -> Iterator[Tensor]:
+        for memory in self.memories():
+            yield from memory.tensors()
 
 
 CONTEXT_NAMES = ("cond", "uncond")
@@ -74,6 +120,7 @@ class Run:
     contexts_seen: int = 0
     first_timestep: float | None = None
     last_timestep: float | None = None
+    unread: list[Moment] = field(default_factory=list)
 
     def starts_over(self, context: Context, timestep: float, exact: bool) -> bool:
         """Whether a call at `timestep` cannot belong to this run: denoising never goes up, nor back to its first step.
@@ -85,17 +132,18 @@ class Run:
             return False
         if timestep > self.last_timestep:
             return True
-        return exact and context.step > 0 and timestep == self.first_timestep
+        return exact and context.timed and timestep == self.first_timestep
 
-    def note_timestep(self, timestep: float) -> None:
+    def note_timestep(self, context: Context, timestep: float) -> None:
         if self.first_timestep is None:
             self.first_timestep = timestep
         self.last_timestep = timestep
+        context.timed = True
 
-    def context(self, embeddings: tuple[Tensor, ...]) -> Context:
-        """The context that these very tensors name, in order of appearance "cond", "uncond", "context-2", ..."""
+    def context(self, embeddings: tuple[Tensor, ...], hidden_states: Tensor) -> Context:
+        """The context of a call: "cond", "uncond", "context-2", ... in order of appearance."""
         for context in self.contexts:
-            if all(ref() is tensor for ref, tensor in zip(context.embeddings, embeddings, strict=True)):
+            if context.knows(embeddings) and not context.has_seen(hidden_states):
                 return context
         # A branch whose embeddings are gone can never be called again.
         self.contexts = [c for c in self.contexts if all(ref() is not None for ref in c.embeddings)]

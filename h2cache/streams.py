@@ -42,8 +42,17 @@ class BlockCall(Protocol):
     def untouched(self, arguments: dict[str, Any]) -> Any:
         """What the block returns when it is skipped: its input."""
 
+    def kept(self, streams: Streams) -> Streams:
+        """The streams, safe from what the model may do in place to the block's output."""
+
     def select(self, arguments: dict[str, Any], rows: Tensor, batch: int) -> dict[str, Any]:
         """The arguments of a call with only the samples `rows`."""
+
+
+def parameter_names(module: torch.nn.Module) -> tuple[str, ...]:
+    """The names of a module's forward arguments, also of one inside `torch.compile`."""
+    plain = getattr(module, "_orig_mod", module)
+    return tuple(inspect.signature(type(plain).forward).parameters)[1:]
 
 
 class _FluxCall:
@@ -52,7 +61,7 @@ class _FluxCall:
     per_sample = ("hidden_states", "encoder_hidden_states", "temb", "joint_attention_kwargs")
 
     def __init__(self, block: torch.nn.Module):
-        self.names = tuple(inspect.signature(type(block).forward).parameters)[1:]
+        self.names = parameter_names(block)
 
     def bind(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         return kwargs if not args else dict(zip(self.names, args, strict=False)) | kwargs
@@ -80,6 +89,9 @@ class JointCall(_FluxCall):
     def untouched(self, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
         return arguments["encoder_hidden_states"], arguments["hidden_states"]
 
+    def kept(self, streams: Streams) -> Streams:
+        return streams
+
 
 class ConcatenatedCall(_FluxCall):
     """`block(hidden_states, ...) -> hidden_states` on one tensor [text; image] of shape (B, M+N, D)."""
@@ -95,6 +107,10 @@ class ConcatenatedCall(_FluxCall):
 
     def untouched(self, arguments: dict[str, Any]) -> Tensor:
         return arguments["hidden_states"]
+
+    def kept(self, streams: Streams) -> Streams:
+        # ControlNet samples are added to the image part of the one tensor, in place.
+        return Streams(streams.hidden_states.clone(), streams.encoder_hidden_states.clone())
 
 
 def select_rows(value: Any, rows: Tensor, batch: int) -> Any:

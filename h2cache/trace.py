@@ -1,11 +1,11 @@
 """The record of every decision, and what it adds up to."""
 
-from collections import deque
+import threading
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor
-
 from .decisions import Decision
+from .memory import Moment
 
 if TYPE_CHECKING:
     import pandas
@@ -16,14 +16,13 @@ KEPT_RUNS = 1000
 class Row(NamedTuple):
     """One decision: a stage of one sample in one call of the denoiser.
 
-    `timestep` is in the model's unit of 0 to 1000; on an accelerator it may still be a tensor there, read when asked
-    for. `diff` is the relL1 that was compared, None where none was measured. `blocks_computed` counts the stage's own
+    `diff` is the relL1 that was compared, None where none was measured. `blocks_computed` counts the stage's own
     blocks.
     """
 
     run: int
     step: int
-    timestep: float | Tensor
+    timestep: Moment
     context: str
     sample: int
     stage: str
@@ -36,29 +35,33 @@ class Row(NamedTuple):
 class Trace:
     """Decisions of the last `KEPT_RUNS` runs, oldest first; older runs fall out, so that a service does not grow."""
 
-    def __init__(self, total_blocks: int):
-        self.total_blocks = total_blocks
+    def __init__(self) -> None:
+        self.total_blocks = 0
         self.stage_blocks: dict[str, int] = {}
-        self._runs: deque[tuple[int, list[Row]]] = deque(maxlen=KEPT_RUNS)
+        self._runs: dict[int, list[Row]] = {}
+        self._lock = threading.Lock()
 
     def rows_of(self, run: int) -> list[Row]:
         """The list that run number `run` appends to."""
-        for number, rows in reversed(self._runs):
-            if number == run:
-                return rows
-        rows: list[Row] = []
-        self._runs.append((run, rows))
-        return rows
+        with self._lock:
+            if run not in self._runs:
+                self._runs[run] = []
+                if len(self._runs) > KEPT_RUNS:
+                    del self._runs[next(iter(self._runs))]
+            return self._runs[run]
 
-    def __iter__(self):
-        for _, rows in list(self._runs):
+    def __iter__(self) -> Iterator[Row]:
+        with self._lock:
+            runs = list(self._runs.values())
+        for rows in runs:
             yield from list(rows)
 
     def __len__(self) -> int:
-        return sum(len(rows) for _, rows in list(self._runs))
+        return sum(1 for _ in self)
 
     def clear(self) -> None:
-        self._runs.clear()
+        with self._lock:
+            self._runs.clear()
 
     def to_pandas(self) -> "pandas.DataFrame":
         """One row per call x sample x stage, with the columns of `Row`."""

@@ -1,8 +1,8 @@
 """One stage during one call: who is computed, what its blocks add, and what stands in for the rest."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
+import torch
 from torch import Tensor
 
 from .decisions import Decision
@@ -20,8 +20,7 @@ class Visit:
     memories: list[SampleMemory]
     decisions: list[Decision]
     anchor: Streams
-    returned: Streams  # what the last block that ran returned, as streams
-    output: Any = None  # the same, as the block returned it
+    returned: Streams  # what the last block that ran returned
     computed: list[int] = field(default_factory=list)
     unsound: set[int] = field(default_factory=set)  # computed, but with a probe that was not finite: not remembered
     rows: Tensor | None = None  # index of the computed samples, where they are some and not all
@@ -34,6 +33,7 @@ class Visit:
                 addition = now - left
                 self.added[i] = addition if self.added[i] is None else self.added[i] + addition
 
+    @torch.no_grad()
     def remember(self, end: Streams, step: int) -> None:
         """Keep the residual of every computed sample, and with it the differences that forecasts need."""
         for sample in self.computed:

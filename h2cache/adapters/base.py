@@ -23,6 +23,7 @@ class Denoising:
     timestep: Tensor
     img_ids: Tensor
     branch: tuple[Tensor, ...]
+    adds_between_blocks: bool  # ControlNet samples, which are no part of a stage's residual
 
 
 class Adapter(Protocol):

@@ -1,11 +1,10 @@
 """diffusers' `FluxTransformer2DModel`, and what subclasses or quantizes it without changing its blocks' interface."""
 
-import inspect
 from typing import Any
 
 import torch
 
-from ..streams import BlockCall, ConcatenatedCall, JointCall
+from ..streams import BlockCall, ConcatenatedCall, JointCall, parameter_names
 from .base import Denoising
 
 
@@ -25,11 +24,11 @@ class DiffusersFlux:
 
     def block_call(self, block: torch.nn.Module) -> BlockCall:
         # Single blocks take both streams in today's diffusers, and one concatenated tensor in older and quantized ones.
-        joint = "encoder_hidden_states" in inspect.signature(type(block).forward).parameters
+        joint = "encoder_hidden_states" in parameter_names(block)
         return JointCall(block) if joint else ConcatenatedCall(block)
 
     def denoising(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> Denoising:
-        names = tuple(inspect.signature(type(transformer).forward).parameters)[1:] if args else ()
+        names = parameter_names(transformer) if args else ()
         given = dict(zip(names, args, strict=False)) | kwargs
         prompt = given["encoder_hidden_states"]
         return Denoising(
@@ -38,4 +37,7 @@ class DiffusersFlux:
             timestep=given["timestep"],
             img_ids=given["img_ids"],
             branch=(prompt, given["pooled_projections"]),
+            adds_between_blocks=any(
+                given.get(name) is not None for name in ("controlnet_block_samples", "controlnet_single_block_samples")
+            ),
         )
