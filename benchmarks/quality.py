@@ -2,7 +2,8 @@
 
 Every setting draws the same prompts with the same seeds as the uncached pipeline. PSNR and SSIM are against the
 uncached image; blocks are the fraction computed; time is the median, over prompts, of the ratio of denoising times,
-the settings taken in turns. Writes its table to `benchmarks/results/quality.md`.
+the settings taken in turns. Writes its table to `benchmarks/results/quality.md` and the README's picture: six prompts
+without a cache above, with H2-Cache at its published thresholds below.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
@@ -37,6 +39,7 @@ class Setting:
     speedup: list[float] = field(default_factory=list)
     psnr: list[float] = field(default_factory=list)
     ssim: list[float] = field(default_factory=list)
+    images: list[Image.Image] = field(default_factory=list)
 
     def row(self) -> str:
         values = (
@@ -54,21 +57,34 @@ def settings() -> list[Setting]:
     return h2 + [Setting(f"Block Cache, threshold = {t}", BlockCacheConfig(t)) for t in thresholds]
 
 
+def draw_rows(rows: list[list[Image.Image]], target: Path, columns: int = 6, scale: int = 2) -> None:
+    """One row of images above the other, enlarged, without captions: the README's picture."""
+    side = rows[0][0].width * scale
+    sheet = Image.new("RGB", (columns * side, len(rows) * side))
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row[:columns]):
+            sheet.paste(image.resize((side, side), Image.Resampling.LANCZOS), (x * side, y * side))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(target)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, default=16, help="how many of assets/prompts/signs80.jsonl")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/quality.md")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs/images/compare.png")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = instantiate(OmegaConf.load(ROOT / "configs/model/flux-mini.yaml"), device="cpu")
     pipe, call = load_pipeline(model), model.call_arguments
     lines = (ROOT / "assets/prompts/signs80.jsonl").read_text().splitlines()[: options.prompts]
-    measured = settings()
+    measured, plain_images = settings(), []
     generate(pipe, "warm-up", 0, **call)
     for seed, line in track(list(enumerate(lines)), description="prompts", console=Console(stderr=True)):
         prompt = json.loads(line)["prompt"]
         plain = generate(pipe, prompt, seed, **call)
+        plain_images.append(plain.image)
         for setting in measured:
             with h2cache.apply(pipe, setting.config) as handle:
                 drawn = generate(pipe, prompt, seed, **call)
@@ -76,6 +92,7 @@ def main() -> None:
             setting.speedup.append(plain.denoising_seconds / drawn.denoising_seconds)
             setting.psnr.append(psnr(drawn.image, plain.image))
             setting.ssim.append(ssim(drawn.image, plain.image))
+            setting.images.append(drawn.image)
     table = [
         "| method | blocks computed | denoising speedup | PSNR, dB | SSIM |",
         "|---|---:|---:|---:|---:|",
@@ -84,6 +101,8 @@ def main() -> None:
     options.results.parent.mkdir(parents=True, exist_ok=True)
     command = f"`python -m benchmarks.quality --prompts {options.prompts} --threads {options.threads}`"
     options.results.write_text(f"{command}, {model.num_inference_steps} steps.\n\n" + "\n".join(table) + "\n")
+    published = next(setting for setting in measured if setting.config == H2CacheConfig())
+    draw_rows([plain_images, published.images], options.picture)
     print("\n".join(table))
 
 

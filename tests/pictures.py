@@ -1,0 +1,61 @@
+"""Pictures as the integration tests take them: latents out of a pipeline, seeded, in a few steps."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FluxPipeline
+from tiny import TEXT_TOKENS
+from torch import Tensor
+
+import h2cache
+from h2cache import CacheConfig, Handle
+
+PROMPT = "a red stop sign"
+
+
+def picture(pipe: DiffusionPipeline, prompt: Any = PROMPT, *, seed: int = 0, steps: int = 12, **options: Any) -> Tensor:
+    """Final latents of 64 x 64 px images, unless `options` of the pipeline say otherwise; seeds are `seed + k`."""
+    images = (len(prompt) if isinstance(prompt, list) else 1) * options.get("num_images_per_prompt", 1)
+    request = dict(
+        height=64,
+        width=64,
+        num_inference_steps=steps,
+        max_sequence_length=TEXT_TOKENS,
+        output_type="latent",
+        generator=[torch.Generator().manual_seed(seed + image) for image in range(images)],
+    )
+    return pipe(prompt=None if "prompt_embeds" in options else prompt, **request | options).images
+
+
+def alone(pipe: DiffusionPipeline, config: CacheConfig, *args: Any, **options: Any) -> Tensor:
+    """The picture made with a cache that has never seen another."""
+    with h2cache.apply(pipe, config):
+        return picture(pipe, *args, **options)
+
+
+def is_mixed(handle: Handle) -> bool:
+    """Whether something was skipped and something computed after warm-up: else a test of caching shows nothing."""
+    decisions = {row.decision for row in handle.trace}
+    return h2cache.Decision.COMPUTE in decisions and any(decision.skips for decision in decisions)
+
+
+def own_pipeline(
+    pipe: FluxPipeline, kind: type[DiffusionPipeline] = FluxPipeline, **components: Any
+) -> DiffusionPipeline:
+    """A pipeline of class `kind` on the components of `pipe`, with a scheduler of its own."""
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    shared = {
+        name: part for name, part in pipe.components.items() if name not in ("image_encoder", "feature_extractor")
+    }
+    made = kind(**shared | {"scheduler": scheduler} | components)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def hide_timesteps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the engine treat timesteps as if they lived on an accelerator.
+
+    There it may not read one when a call begins, only together with the first probe.
+    """
+    monkeypatch.setattr("h2cache.engine.on_host", lambda tensor: False)

@@ -1,0 +1,435 @@
+"""Rule 2: the n-th image of a session equals that image made alone, whatever came before it or runs beside it."""
+
+import gc
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import METHODS
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxPipeline
+from loops import blocks_of, denoise, denoising, position_ids
+from pictures import alone, hide_timesteps, is_mixed, own_pipeline, picture
+from tiny import tiny_transformer
+
+import h2cache
+from h2cache import Decision
+from h2cache.trace import Trace
+
+every_method = pytest.mark.parametrize("config", METHODS)
+
+
+@pytest.fixture(params=["cpu-timestep", "device-timestep"])
+def where_timesteps_live(request, monkeypatch):
+    if request.param == "device-timestep":
+        hide_timesteps(monkeypatch)
+
+
+# --- one pipeline, one picture after another ------------------------------------------------------------------------
+
+
+class Interruption(Exception):
+    """What a user's callback or a broken block raises in the middle of a run."""
+
+
+def break_off_between_steps(pipe: Any, error: type[BaseException]) -> BaseException:
+    def stop(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 5:
+            raise error("stop")
+        return tensors
+
+    with pytest.raises(error) as caught:
+        picture(pipe, "a green label", seed=5, callback_on_step_end=stop)
+    return caught.value
+
+
+def break_off_inside(pipe: Any, error: type[BaseException], block: int, execution: int) -> BaseException:
+    """The `execution`-th time that the `block`-th block really runs, it fails; it may have been skipped often."""
+    executed = []
+
+    def fail(module: Any, args: Any) -> None:
+        executed.append(module)
+        if len(executed) == execution:
+            raise error("broken")
+
+    hook = blocks_of(pipe.transformer)[block].register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(error) as caught:
+            picture(pipe, "a green label", seed=5, steps=20)
+    finally:
+        hook.remove()
+    return caught.value
+
+
+def ask_pipeline_to_stop(pipe: Any) -> None:
+    """diffusers' own way: the flag that makes a pipeline leave out its remaining steps."""
+
+    def stop(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = step >= 4
+        return tensors
+
+    picture(pipe, seed=5, callback_on_step_end=stop)
+
+
+def break_off_and_make_image_to_image(pipe: Any) -> None:
+    break_off_between_steps(pipe, Interruption)
+    picture(own_pipeline(pipe, FluxImg2ImgPipeline), image=torch.full((1, 3, 64, 64), 0.5), strength=0.5, seed=5)
+
+
+DISTURBANCES: dict[str, Callable[[Any], Any]] = {
+    "same-again": picture,
+    "error-between-steps": lambda pipe: break_off_between_steps(pipe, Interruption),
+    "ctrl-c-between-steps": lambda pipe: break_off_between_steps(pipe, KeyboardInterrupt),
+    "error-in-first-block": lambda pipe: break_off_inside(pipe, Interruption, block=0, execution=6),
+    "error-in-middle-block": lambda pipe: break_off_inside(pipe, Interruption, block=1, execution=2),
+    "error-in-last-block": lambda pipe: break_off_inside(pipe, Interruption, block=-1, execution=2),
+    "ctrl-c-in-last-block": lambda pipe: break_off_inside(pipe, KeyboardInterrupt, block=-1, execution=2),
+    "asked-to-stop": ask_pipeline_to_stop,
+    "other-seed": lambda pipe: picture(pipe, seed=9),
+    "other-prompt": lambda pipe: picture(pipe, "a blue shirt"),
+    "other-resolution": lambda pipe: picture(pipe, height=32, width=96),
+    "transposed-resolution": lambda pipe: (picture(pipe, height=32, width=128), picture(pipe, height=128, width=32)),
+    "other-batch": lambda pipe: picture(pipe, ["a red stop sign", "a blue shirt", "a label"]),
+    "other-number-of-images": lambda pipe: picture(pipe, num_images_per_prompt=2),
+    "fewer-steps": lambda pipe: picture(pipe, steps=3),
+    "more-steps": lambda pipe: picture(pipe, steps=25),
+    "other-guidance": lambda pipe: picture(pipe, guidance_scale=7.0),
+    "true-cfg": lambda pipe: picture(pipe, negative_prompt="blurry", true_cfg_scale=3.0),
+    "image-to-image": break_off_and_make_image_to_image,
+}
+
+
+@pytest.mark.parametrize("disturb", DISTURBANCES.values(), ids=DISTURBANCES)
+@every_method
+def test_next_picture_is_as_if_alone(config, disturb, tiny_pipe):
+    expected = alone(tiny_pipe, config)
+    with h2cache.apply(tiny_pipe, config) as handle:
+        kept = disturb(tiny_pipe)  # an exception that is kept keeps the frames of its run, and all that was theirs
+        handle.trace.clear()
+        assert torch.equal(picture(tiny_pipe), expected)
+        assert is_mixed(handle)
+        del kept
+        assert torch.equal(picture(tiny_pipe), expected)
+
+
+@every_method
+def test_a_whole_session(config, tiny_pipe):
+    """Every kind of disturbance, one after another in one session, and the same picture in between."""
+    expected = alone(tiny_pipe, config)
+    kept = []
+    with h2cache.apply(tiny_pipe, config):
+        for disturb in DISTURBANCES.values():
+            kept.append(disturb(tiny_pipe))
+            assert torch.equal(picture(tiny_pipe), expected)
+
+
+@every_method
+def test_a_session_on_flux_mini(config, flux_mini):
+    options = dict(steps=8, height=128, width=128, max_sequence_length=64)
+    requests = [dict(seed=1), dict(prompt="a blue shirt", seed=2), dict(prompt=["a label", "a sign"], steps=5)]
+    expected = [alone(flux_mini, config, **options | request) for request in requests]
+    with h2cache.apply(flux_mini, config):
+        for request, image in [*zip(requests, expected, strict=True)] * 2:
+            assert torch.equal(picture(flux_mini, **options | request), image)
+
+
+@every_method
+def test_image_to_image_after_a_run_that_broke_off(config, tiny_pipe):
+    """Its first timestep is lower than the last one of the aborted run, so time alone does not tell them apart."""
+    img2img = own_pipeline(tiny_pipe, FluxImg2ImgPipeline)
+    request = dict(image=torch.linspace(0, 1, 64).expand(1, 3, 64, 64), strength=0.6, steps=20)
+    expected = alone(img2img, config, **request)
+    with h2cache.apply(tiny_pipe, config) as handle:
+        kept = break_off_between_steps(tiny_pipe, Interruption)
+        handle.trace.clear()
+        assert torch.equal(picture(img2img, **request), expected)
+        assert next(iter(handle.trace)).decision is Decision.WARMUP
+        del kept
+
+
+@every_method
+def test_embeddings_of_the_user_serve_many_runs(config, tiny_pipe):
+    """The same tensors are handed to every run, so it is not the prompt that tells runs apart."""
+    tokens = dict(max_sequence_length=24)
+    embeds, pooled, _ = tiny_pipe.encode_prompt("a red stop sign", None, **tokens)
+    negative, negative_pooled, _ = tiny_pipe.encode_prompt("blurry", None, **tokens)
+    given = dict(prompt_embeds=embeds, pooled_prompt_embeds=pooled)
+    guided = given | dict(
+        negative_prompt_embeds=negative, negative_pooled_prompt_embeds=negative_pooled, true_cfg_scale=2.0
+    )
+    requests = [given | {"seed": 0}, given | {"seed": 1}, guided, given | {"steps": 5}, given | {"seed": 0}]
+
+    def draw(request: dict[str, Any]) -> torch.Tensor:
+        options = {name: value for name, value in request.items() if name != "seed"}
+        return picture(tiny_pipe, generator=torch.Generator().manual_seed(request.get("seed", 0)), **options)
+
+    expected = []
+    for request in requests:
+        with h2cache.apply(tiny_pipe, config):
+            expected.append(draw(request))
+    with h2cache.apply(tiny_pipe, config):
+        for request, image in zip(requests, expected, strict=True):
+            assert torch.equal(draw(request), image)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+@every_method
+def test_runs_of_few_steps(config, steps, tiny_pipe):
+    plain, expected = picture(tiny_pipe, steps=steps), alone(tiny_pipe, config, steps=steps)
+    if steps == 1:
+        assert torch.equal(expected, plain), "the first step always computes"
+    with h2cache.apply(tiny_pipe, config) as handle:
+        for _ in range(3):
+            assert torch.equal(picture(tiny_pipe, steps=steps), expected)
+        assert handle.summary()["runs"] == 3
+        assert handle.summary()["steps"] == 3 * steps
+
+
+# --- loops of one's own ---------------------------------------------------------------------------------------------
+
+
+@every_method
+def test_loop_that_keeps_its_position_ids(config, transformer, where_timesteps_live):
+    """The object that names a run is here the same for all of them; that time starts over shows where one begins."""
+    requests = [dict(seed=0), dict(seed=1), dict(seed=0), dict(seed=0, steps=5), dict(seed=2, steps=20), dict(seed=0)]
+    expected = []
+    for request in requests:
+        with h2cache.apply(transformer, config):
+            expected.append(denoise(transformer, **request))
+    ids = position_ids(4, 4)
+    with h2cache.apply(transformer, config) as handle:
+        for request, latents in zip(requests, expected, strict=True):
+            assert torch.equal(denoise(transformer, img_ids=ids, **request), latents)
+        assert is_mixed(handle)
+
+
+@every_method
+def test_loop_that_keeps_its_position_ids_and_its_prompt(config, transformer, where_timesteps_live):
+    """Then nothing but the time tells one run from the next."""
+    generator = torch.Generator().manual_seed(0)
+    prompt, pooled = torch.randn(1, 6, 24, generator=generator), torch.randn(1, 16, generator=generator)
+
+    def same_prompt(step: int, call: dict[str, Any]) -> None:
+        call.update(encoder_hidden_states=prompt, pooled_projections=pooled)
+
+    requests = [dict(seed=0), dict(seed=1), dict(seed=0, steps=5), dict(seed=2, steps=20), dict(seed=0)]
+    expected = []
+    for request in requests:
+        with h2cache.apply(transformer, config):
+            expected.append(denoise(transformer, before_step=same_prompt, **request))
+    ids = position_ids(4, 4)
+    with h2cache.apply(transformer, config) as handle:
+        for request, latents in zip(requests, expected, strict=True):
+            assert torch.equal(denoise(transformer, img_ids=ids, before_step=same_prompt, **request), latents)
+        assert is_mixed(handle)
+        assert handle.summary()["runs"] == len(requests)
+
+
+@every_method
+def test_loop_that_keeps_its_position_ids_and_breaks_off(config, transformer):
+    """Between two steps or inside one; then a whole run, or one that starts at a lower time."""
+    ids = position_ids(4, 4)
+
+    def later(step: int, call: dict[str, Any]) -> None:
+        call["timestep"] = call["timestep"] * 0.3
+
+    def run(**options: Any) -> torch.Tensor:
+        with h2cache.apply(transformer, config):
+            return denoise(transformer, img_ids=position_ids(4, 4), **options)
+
+    whole, late = run(), run(before_step=later)
+    with h2cache.apply(transformer, config) as handle:
+        unfinished = denoising(transformer, img_ids=ids, seed=3)
+        for _ in range(6):
+            next(unfinished)
+        assert torch.equal(denoise(transformer, img_ids=ids), whole)
+
+        for following, expected in [({}, whole), ({"before_step": later}, late)]:
+            hook = transformer.transformer_blocks[0].register_forward_hook(fail_at_call(5))
+            with pytest.raises(Interruption):
+                denoise(transformer, img_ids=ids, seed=3)
+            hook.remove()
+            assert handle.held_bytes() == 0, "a run that failed inside a call is over"
+            assert torch.equal(denoise(transformer, img_ids=ids, **following), expected)
+
+        unfinished = denoising(transformer, img_ids=ids, seed=3)
+        for _ in range(3):
+            next(unfinished)
+        handle.reset()  # what the handle offers where nothing tells the runs apart
+        assert torch.equal(denoise(transformer, img_ids=ids, before_step=later), late)
+
+
+def fail_at_call(number: int) -> Callable[..., None]:
+    calls = []
+
+    def fail(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == number:
+            raise Interruption
+
+    return fail
+
+
+@every_method
+def test_one_step_runs_with_the_same_position_ids(config, transformer, where_timesteps_live):
+    ids = position_ids(4, 4)
+    expected = [denoise(transformer, steps=1, seed=seed) for seed in range(3)]
+    with h2cache.apply(transformer, config):
+        for seed, latents in enumerate(expected):
+            assert torch.equal(denoise(transformer, steps=1, seed=seed, img_ids=ids), latents)
+
+
+@every_method
+def test_steps_too_close_for_the_dtype_are_still_one_run(config, tiny_pipe_folder):
+    """At 2048 x 2048 px FLUX's shift is 3.2, and in bfloat16 the first three of 50 timesteps are all 1000."""
+    pipe = FluxPipeline.from_pretrained(tiny_pipe_folder, dtype=torch.bfloat16, local_files_only=True)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, base_shift=3.2)
+    pipe.set_progress_bar_config(disable=True)
+    with h2cache.apply(pipe, config) as handle:
+        picture(pipe, steps=50)
+    assert next(float(row.timestep) for row in handle.trace if row.step == 1) == 1000
+    assert handle.summary()["runs"] == 1
+    warmup = len(config.compose()) * getattr(config, "warmup_steps", 1)
+    assert sum(row.decision is Decision.WARMUP for row in handle.trace) == warmup
+
+
+# --- several at once ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", ["ABC", "AABBC", "ABBBBBCA"])
+@every_method
+def test_interleaved_runs_on_one_transformer(config, pattern, transformer):
+    """Three loops take turns in a pattern: one shape twice, and a batch of another size."""
+    requests = {"A": dict(seed=0), "B": dict(seed=1), "C": dict(seed=2, batch=2, height=2)}
+    expected = {}
+    for name, request in requests.items():
+        with h2cache.apply(transformer, config):
+            expected[name] = denoise(transformer, **request)
+    with h2cache.apply(transformer, config) as handle:
+        loops = {name: denoising(transformer, **request) for name, request in requests.items()}
+        last = {}
+        while loops:
+            for name in pattern:
+                if name in loops:
+                    latents = next(loops[name], None)
+                    if latents is None:
+                        del loops[name]
+                    else:
+                        last[name] = latents
+        for name, latents in expected.items():
+            assert torch.equal(last[name], latents), name
+        assert is_mixed(handle)
+
+
+def in_threads(*tasks: Callable[[], Any]) -> list[Any]:
+    """What the tasks return, each run in a thread of its own."""
+    results: list[Any] = [None] * len(tasks)
+
+    def work(number: int) -> None:
+        try:
+            results[number] = tasks[number]()
+        except BaseException as error:
+            results[number] = error
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(tasks))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+REQUESTS = [dict(prompt="a red stop sign", seed=0), dict(prompt=["a blue shirt", "a label"], seed=1)]
+
+
+@every_method
+def test_two_pipelines_in_two_threads_on_one_transformer(config, tiny_pipe):
+    """The threads meet after the first block of every call, so that each is inside a call while the other decides."""
+    pipes = [own_pipeline(tiny_pipe), own_pipeline(tiny_pipe)]
+    expected = [alone(pipe, config, **request) for pipe, request in zip(pipes, REQUESTS, strict=True)]
+    barrier = threading.Barrier(2, timeout=20)
+
+    def meet(*_: Any) -> None:
+        barrier.wait()
+
+    with h2cache.apply(tiny_pipe, config) as handle:
+        hook = tiny_pipe.transformer.transformer_blocks[0].register_forward_hook(meet)
+        try:
+            drawn = in_threads(
+                *(lambda pipe=p, request=r: picture(pipe, **request) for p, r in zip(pipes, REQUESTS, strict=True))
+            )
+        finally:
+            hook.remove()
+        assert handle.summary()["runs"] == 2 and is_mixed(handle)
+    for image, reference in zip(drawn, expected, strict=True):
+        assert torch.equal(image, reference)
+
+
+@every_method
+def test_two_pipelines_in_two_threads_on_two_transformers(config, tiny_pipe):
+    pipes = [own_pipeline(tiny_pipe, transformer=tiny_transformer(seed=seed)) for seed in (3, 4)]
+    expected = [alone(pipe, config, **request) for pipe, request in zip(pipes, REQUESTS, strict=True)]
+    handles = [h2cache.apply(pipe, config) for pipe in pipes]
+    barrier = threading.Barrier(2, timeout=20)
+
+    def meet(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        barrier.wait()
+        return tensors
+
+    drawn = in_threads(
+        *(
+            lambda pipe=p, request=r: picture(pipe, **request, callback_on_step_end=meet)
+            for p, r in zip(pipes, REQUESTS, strict=True)
+        )
+    )
+    for image, reference, handle in zip(drawn, expected, handles, strict=True):
+        assert torch.equal(image, reference)
+        assert handle.summary()["runs"] == 1 and handle.held_bytes() == 0
+
+
+@every_method
+def test_a_thread_that_fails_leaves_the_other_alone(config, tiny_pipe):
+    pipes = [own_pipeline(tiny_pipe), own_pipeline(tiny_pipe)]
+    expected = alone(pipes[1], config, steps=20)
+    failed = threading.Event()
+
+    def wait(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 4:
+            assert failed.wait(20)
+        return tensors
+
+    def fail() -> None:
+        break_off_between_steps(pipes[0], Interruption)
+        gc.collect()
+        failed.set()
+
+    with h2cache.apply(tiny_pipe, config):
+        _, drawn = in_threads(fail, lambda: picture(pipes[1], steps=20, callback_on_step_end=wait))
+    assert torch.equal(drawn, expected)
+
+
+def test_the_record_of_several_threads():
+    """Threads note their decisions in one trace while it is read, switching after nearly every instruction."""
+    trace = Trace()
+
+    def note(thread: int) -> None:
+        for number in range(5000):
+            trace.rows_of(10_000 * thread + number)
+            trace.rows_of(10_000 * thread + max(0, number - 3))
+
+    def read() -> None:
+        for _ in range(500):
+            list(trace)
+            len(trace)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        in_threads(lambda: note(1), lambda: note(2), lambda: note(3), read)
+    finally:
+        sys.setswitchinterval(interval)

@@ -1,0 +1,258 @@
+"""What the engine reads from the device, and what it does when the numbers there are no numbers (rules 6 and 7).
+
+Reading a device's value makes the host wait for everything queued there. The calls that would wait are counted here on
+the CPU. Timesteps that live on the CPU cost no wait; most tests have them claim to live elsewhere, as in pipelines.
+"""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import METHODS
+from loops import denoise, position_ids
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import h2cache
+from baselines import BlockCacheConfig
+from h2cache import CacheConfig, Decision, H2CacheConfig
+from h2cache.adapters.diffusers_flux import DiffusersFlux
+
+MEASURED_NOTHING = (Decision.WARMUP, Decision.FORCED)
+
+
+class Waits(TorchFunctionMode):
+    """Counts the calls by which a host would wait for a device, apart from scalar reads (`ScalarReads` has those)."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(function, "__name__", "")
+        if name in ("tolist", "cpu", "numpy"):
+            self.count += 1
+        elif name in ("tensor", "as_tensor") and kwargs.get("device") is not None:
+            self.count += 1  # a list that goes up to a device: a copy that blocks until the stream has run dry
+        return function(*args, **kwargs)
+
+
+class ScalarReads(TorchDispatchMode):
+    """Counts reads of one number (`item`, `float`, `if tensor`), and operations whose result's shape is such a read."""
+
+    WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.name().partition(".")[0] in self.WAITING:
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that says it lives on an accelerator."""
+
+    device = torch.device("cuda")
+
+
+@pytest.fixture
+def timesteps_elsewhere(monkeypatch):
+    """The engine sees timesteps as on an accelerator; the model gets the plain ones."""
+    original = DiffusersFlux.denoising
+
+    def denoising(self, transformer, args, kwargs):
+        seen = original(self, transformer, args, kwargs)
+        return replace(seen, timestep=seen.timestep.as_subclass(Elsewhere))
+
+    monkeypatch.setattr(DiffusersFlux, "denoising", denoising)
+
+
+def waits_by_step(transformer, config: CacheConfig | None, **run) -> tuple[list[int], h2cache.Handle | None]:
+    """For each call of the model, how often the host would have waited in it."""
+    handle = h2cache.apply(transformer, config) if config else None
+    functions, scalars = Waits(), ScalarReads()
+    counts, before = [], 0
+
+    class Watch:
+        """Stands for the transformer in the loop, and counts around its calls."""
+
+        config, device = transformer.config, transformer.device
+
+        def __call__(self, **call):
+            nonlocal before
+            with functions, scalars:
+                output = transformer(**call)
+            counts.append(functions.count + scalars.count - before)
+            before += counts[-1]
+            return output
+
+    try:
+        denoise(Watch(), **run)
+    finally:
+        if handle:
+            handle.remove()
+    return counts, handle
+
+
+def test_the_counters_count(transformer):
+    """What they look for, each once; and the model itself makes the host wait for nothing."""
+    functions, scalars = Waits(), ScalarReads()
+    number = torch.tensor([1.0])
+    with functions, scalars:
+        number.tolist(), number.cpu(), number.numpy(), torch.tensor([1], device="cpu")
+        number.item(), float(number), bool(number), number.nonzero(), torch.equal(number, number)
+        number * 2, number[:1], torch.cat([number, number])
+    assert (functions.count, scalars.count) == (4, 5)
+    assert waits_by_step(transformer, None)[0] == [0] * 12
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("config", METHODS)
+def test_one_wait_for_each_decided_stage_and_none_for_others(transformer, timesteps_elsewhere, config, batch):
+    """A stage is decided in a call if one of its samples was compared there."""
+    waits, handle = waits_by_step(transformer, config, batch=batch)
+    for step, count in enumerate(waits):
+        rows = [row for row in handle.trace if row.step == step]
+        decided = {row.stage for row in rows if row.decision not in MEASURED_NOTHING}
+        assert count <= len(decided), f"step {step}: {[str(row.decision) for row in rows]}"
+    assert waits[0] == 0
+    assert sum(waits) > 0
+
+
+def test_the_limit_of_hits_in_a_row_decides_without_a_wait(transformer, timesteps_elsewhere):
+    waits, handle = waits_by_step(transformer, BlockCacheConfig(threshold=-1), steps=3)
+    assert waits == [0, 1, 1]
+    config = H2CacheConfig(tau1=math.inf, max_consecutive_hits=1)
+    waits, handle = waits_by_step(transformer, config, steps=5)
+    assert waits == [0, 1, 0, 1, 0]
+    assert [row.decision[0] for row in handle.trace if row.stage == "structure"] == list("whchc")
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_timesteps_on_a_cpu_are_read_where_they_are(transformer, batch):
+    """One more read a call, of host memory."""
+    waits, _ = waits_by_step(transformer, BlockCacheConfig(threshold=-1), batch=batch, steps=3)
+    assert waits == [1, 2, 2]
+
+
+def test_timesteps_elsewhere_arrive_in_the_trace(transformer, timesteps_elsewhere):
+    """In the model's unit, whether they travelled with a decision or were never needed."""
+    with h2cache.apply(transformer, H2CacheConfig(warmup_steps=2)) as handle:
+        denoise(transformer, steps=4)
+    frame = handle.trace.to_pandas()
+    assert frame[frame["stage"] == "structure"]["timestep"].tolist() == pytest.approx([1000, 750, 500, 250])
+    assert frame[frame["stage"] == "detail"]["timestep"].tolist() == pytest.approx([1000, 750, 500, 250])
+
+
+def test_timesteps_elsewhere_still_show_where_a_run_begins(transformer, timesteps_elsewhere):
+    """A loop that keeps its position ids from run to run: the timestep goes up, so the second run is a new one."""
+    config, ids = H2CacheConfig(tau1=0.3, tau2=0.35), position_ids(4, 4)
+    with h2cache.apply(transformer, config) as handle:
+        first = denoise(transformer, img_ids=ids)
+        second = denoise(transformer, img_ids=ids)
+    assert torch.equal(first, second)
+    assert handle.summary()["runs"] == 2
+
+
+# Rule 6. All thresholds are infinite here, so that a call computes only where it must: whatever is a number hits.
+
+STEPS = 8
+
+
+def always_hitting(config: CacheConfig) -> CacheConfig:
+    names = ("tau1", "tau2") if isinstance(config, H2CacheConfig) else ("threshold",)
+    return config.updated(**dict.fromkeys(names, math.inf))
+
+
+def poisoned_run(transformer, config, poisoned, value, at, sample=0, batch=1):
+    """The outputs of `STEPS` calls on nearly the same inputs, and the handle; the image tokens that leave the block
+    `poisoned` are `value` at step `at` for one sample. Inputs are given anew at each step, so a later step is what the
+    cache makes of it."""
+    state, outputs = {"step": 0}, []
+
+    def begin(step, call):
+        state["step"] = step
+        generator = torch.Generator().manual_seed(1000)
+        still = torch.randn(3, 16, transformer.config.in_channels, generator=generator)[:batch]
+        call["hidden_states"] = still * (1 + 0.01 * step)
+
+    def poison(module, args, output):
+        if state["step"] != at:
+            return output
+        text, image = output
+        image = image.clone()
+        image[sample] = value
+        return text, image
+
+    hooks = [
+        poisoned.register_forward_hook(poison),
+        transformer.register_forward_hook(lambda module, args, output: outputs.append(output[0])),
+    ]
+    try:
+        with h2cache.apply(transformer, config) as handle:
+            denoise(transformer, steps=STEPS, batch=batch, before_step=begin)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return outputs, handle
+
+
+H2_METHODS = [method for method in METHODS if isinstance(method.values[0], H2CacheConfig)]
+
+
+@pytest.mark.parametrize("at", [0, 1, 4])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("config", METHODS)
+def test_a_first_stage_probe_that_is_no_number_computes_and_spoils_no_other_step(transformer, config, value, at):
+    """The first block's residual is not finite in one step. That step computes, and its image is lost; the next step
+    computes, since it has nothing sound to compare with; then hits go on. Warm-up steps (here the first, or the first
+    two) compute anyway and are never read, and still must leave nothing behind."""
+    config = always_hitting(config)
+    outputs, handle = poisoned_run(transformer, config, transformer.transformer_blocks[0], value, at)
+    assert [output.isfinite().all().item() for output in outputs] == [step != at for step in range(STEPS)]
+    again = at + 1 + getattr(config, "warmup_steps", 1)
+    for row in handle.trace:
+        if row.step == at:
+            assert not row.decision.skips
+        if row.step >= again:
+            assert row.decision.skips, f"step {row.step}"
+        assert row.step == at or row.diff is None or math.isfinite(row.diff), "compared with what is no number"
+
+
+@pytest.mark.parametrize("at", [0, 1, 4])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("config", H2_METHODS)
+def test_a_detail_probe_that_is_no_number_spoils_no_other_step(transformer, config, value, at):
+    """The same in the second stage alone. Under the hierarchy a sound structure stage forces the detail stage without a
+    look, also at the step after the bad one: what it adds there must not be what the bad step left behind."""
+    config = always_hitting(config)
+    outputs, handle = poisoned_run(transformer, config, transformer.single_transformer_blocks[0], value, at)
+    assert [output.isfinite().all().item() for output in outputs] == [step != at for step in range(STEPS)]
+    detail = [row for row in handle.trace if row.stage == "detail"]
+    assert not detail[at].decision.skips or detail[at].decision is Decision.FORCED
+    assert all(row.decision.skips for row in detail[at + 1 + config.warmup_steps :])
+    structure = [row.decision.skips for row in handle.trace if row.stage == "structure"]
+    assert structure == [step >= config.warmup_steps for step in range(STEPS)]
+    assert all(row.diff is None or math.isfinite(row.diff) for row in detail if row.step != at)
+
+
+@pytest.mark.parametrize("at", [0, 1, 4])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("config", METHODS)
+def test_one_bad_sample_leaves_the_others_alone(transformer, config, value, at):
+    config, first = always_hitting(config), transformer.transformer_blocks[0]
+    clean, unharmed = poisoned_run(transformer, config, first, value, at=None, batch=3)
+    outputs, harmed = poisoned_run(transformer, config, first, value, at=at, sample=1, batch=3)
+    for step in range(STEPS):
+        for sample in (0, 2):
+            torch.testing.assert_close(outputs[step][sample], clean[step][sample], rtol=1e-4, atol=1e-5)
+
+    def others(handle):
+        return [(row.step, row.stage, row.sample, row.decision) for row in handle.trace if row.sample != 1]
+
+    assert others(harmed) == others(unharmed)
