@@ -206,9 +206,8 @@ class Engine:
             None if decision is Decision.FORCED else stage.probe(before.row(sample), after.row(sample))
             for sample, decision in enumerate(decisions)
         ]
-        differences: list[float | None] = [None] * batch
-        seen: dict[int, list[float]] = {}
         undecided = [sample for sample, decision in enumerate(decisions) if decision is None]
+        compared: dict[int, list[float]] = {}
         if undecided:
             deviations = [deviation(memories[sample].reference, probes[sample]) for sample in undecided]
             measured, stale = self._read(call, deviations)
@@ -216,29 +215,13 @@ class Engine:
                 return self._decide(call, stage, before, after)
             # What was read may have shown that a reference was not finite, and made its memory forget it.
             pairs = zip(undecided, measured, strict=True)
-            seen = {sample: pair for sample, pair in pairs if memories[sample].reference is not None}
-            for sample in undecided:
-                if sample in seen:
-                    together = call.method.config.decides_together
-                    differences[sample] = relative_l1([*seen.values()] if together else [seen[sample]])
-                decisions[sample] = stage.rule.measured(differences[sample])
+            compared = {sample: pair for sample, pair in pairs if memories[sample].reference is not None}
+        together = list(compared.values()) if call.method.config.decides_together else None
+        differences = {sample: relative_l1(together or [pair]) for sample, pair in compared.items()}
+        for sample in undecided:
+            decisions[sample] = stage.rule.measured(differences.get(sample))
         visit = Visit(stage, memories, decisions, anchor=after, returned=after)
-        for sample, (memory, decision) in enumerate(zip(memories, decisions, strict=True)):
-            if decision.skips:
-                memory.consecutive_hits += 1
-                continue
-            memory.consecutive_hits = 0
-            visit.computed.append(sample)
-            if sample not in seen:
-                memory.remember_unseen(probes[sample])
-            elif math.isfinite(seen[sample][0]):  # the reference is finite, so this is if the probe is
-                memory.reference = probes[sample]
-            else:
-                memory.forget()
-                visit.unsound.add(sample)
-        if 0 < len(visit.computed) < batch:
-            # Not `torch.tensor(..., device=...)`, whose copy waits for the device.
-            visit.rows = torch.tensor(visit.computed).to(after.hidden_states.device, non_blocking=True)
+        visit.settle(probes, compared)
         self._record(call, stage, decisions, differences)
         return visit
 
@@ -262,9 +245,9 @@ class Engine:
         is_late = any(moment is call.moment for moment in unread)
         return pairs, is_late and self._set_time(call, call.moment.value)
 
-    def _record(self, call: Call, stage: Stage, decisions: list[Decision], differences: list[float | None]) -> None:
+    def _record(self, call: Call, stage: Stage, decisions: list[Decision], differences: dict[int, float]) -> None:
         rows = self.trace.rows_of(call.run.number)
-        for sample, (decision, difference) in enumerate(zip(decisions, differences, strict=True)):
+        for sample, decision in enumerate(decisions):
             blocks = 1 if decision.skips else call.method.blocks[stage.name]
             rows.append(
                 Row(
@@ -274,7 +257,7 @@ class Engine:
                     call.context.name,
                     sample,
                     stage.name,
-                    difference,
+                    differences.get(sample),
                     stage.rule.threshold,
                     decision,
                     blocks,

@@ -1,5 +1,6 @@
 """One stage during one call: who is computed, what its blocks add, and what stands in for the rest."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +26,30 @@ class Visit:
     unsound: set[int] = field(default_factory=set)  # computed, but with a probe that was not finite: not remembered
     rows: Tensor | None = None  # index of the computed samples, where they are some and not all
     added: list[Tensor | None] = field(default_factory=lambda: [None, None])  # by the model, between blocks
+
+    def settle(self, probes: list[Tensor | None], compared: dict[int, list[float]]) -> None:
+        """Follow the decisions: count the skips, and let the probe of every computed sample become its reference.
+
+        `compared` holds mean|reference - probe| and mean|reference| of the samples that were compared. Their references
+        are finite, so the first number says whether the probe is; one that is not is never remembered.
+        """
+        for sample, (memory, decision) in enumerate(zip(self.memories, self.decisions, strict=True)):
+            if decision.skips:
+                memory.consecutive_hits += 1
+                continue
+            memory.consecutive_hits = 0
+            self.computed.append(sample)
+            if sample not in compared:
+                memory.remember_unseen(probes[sample])
+            elif math.isfinite(compared[sample][0]):
+                memory.reference = probes[sample]
+            else:
+                memory.forget()
+                self.unsound.add(sample)
+        if 0 < len(self.computed) < len(self.decisions):
+            # Not `torch.tensor(..., device=...)`, whose copy waits for the device.
+            device = self.anchor.hidden_states.device
+            self.rows = torch.tensor(self.computed).to(device, non_blocking=True)
 
     def note_additions(self, arrived: Streams) -> None:
         """Keep apart what the model added between two blocks: it is no part of the stage's residual."""

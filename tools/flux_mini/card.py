@@ -50,7 +50,7 @@ It was trained with captions padded to {length} T5 tokens, so call it with `max_
 |---|---|---:|
 {parts}
 
-{tokens} image tokens of 64 channels; {double} double-stream and {single} single-stream blocks of width {width}; guidance
+{tokens} image tokens; {double} double-stream and {single} single-stream blocks of width {width}; guidance
 embedding; dynamic-shift flow-matching scheduler. Weights are float16.
 
 ## Training

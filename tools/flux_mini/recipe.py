@@ -4,7 +4,7 @@ STAGES: tuple[tuple[str, dict[str, int | float]], ...] = (
     ("vae", {"steps": 2850, "batch": 24}),
     ("latents", {"count": 16_384}),
     ("decoder", {"steps": 1500, "batch": 16}),
-    ("transformer", {"steps": 3400, "batch": 48}),
+    ("transformer", {"steps": 2800, "batch": 48}),
     ("distill", {"steps": 300, "batch": 32}),
 )
 COMMAND = "python -m tools.flux_mini --work build/flux-mini"
