@@ -4,7 +4,6 @@ It may run beside the transformer's stage. Latents get the noise that a sampler 
 decoder learns to draw clean letters from slightly wrong latents.
 """
 
-import argparse
 import random
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from . import vae as autoencoder
-from .training import Log, atomic_save, cosine
+from .training import Log, advance, cosine, resume, save, set_rate, stage_options
 
 LATENT_NOISE = 0.1
 EDGE_WEIGHT = 1.5
@@ -22,18 +21,13 @@ def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int) -
     torch.manual_seed(seed)
     vae = autoencoder.load(work).to(memory_format=torch.channels_last)
     vae.decoder.requires_grad_(True)
-    optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    checkpoint, start = work / "decoder.pt", 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        vae.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
+    optims = [torch.optim.AdamW(vae.decoder.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)]
+    checkpoint = work / "decoder.pt"
+    start = resume(checkpoint, model=vae, optimizers=optims)
     validation = autoencoder.validation_pixels(seed)
     log = Log(work / "decoder.csv", ("l1", "edge", "psnr", "psnr_letters"), start)
     for step in range(start, steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * cosine(step, steps)
+        set_rate(optims, learning_rate * cosine(step, steps))
         rng = random.Random(f"decoder-{seed}-{step}")
         pixels = autoencoder.crops(rng, batch).to(memory_format=torch.channels_last)
         noise = torch.Generator().manual_seed(rng.getrandbits(62))
@@ -44,13 +38,11 @@ def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int) -
             reconstruction = vae.decode(latents).sample.float()
         l1, edge = autoencoder.pixel_losses(reconstruction, pixels)
         (l1 + EDGE_WEIGHT * edge).backward()
-        torch.nn.utils.clip_grad_norm_(vae.decoder.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        advance(optims, vae.decoder.parameters())
         if (step + 1) % 100 == 0 or step + 1 == steps:
             whole, letters = autoencoder.psnr(vae, validation)
             log.write(step + 1, l1=l1.item(), edge=edge.item(), psnr=whole, psnr_letters=letters)
-            atomic_save({"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, checkpoint)
+            save(checkpoint, step + 1, model=vae, optimizers=optims)
 
 
 def load(work: Path) -> AutoencoderKL:
@@ -61,15 +53,7 @@ def load(work: Path) -> AutoencoderKL:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch", type=int, default=16, help="64x64 crops a step")
-    parser.add_argument("--learning-rate", type=float, default=7e-4)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = stage_options(__doc__, steps=1500, batch=16, learning_rate=7e-4)
     train(options.work, options.steps, options.batch, options.learning_rate, options.seed)
 
 

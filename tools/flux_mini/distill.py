@@ -4,7 +4,6 @@ The student starts as the teacher and learns `u + w (c - u)` for the guidance w 
 where c and u are the teacher's velocities with and without the caption. Text encoders stay as they are.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .latents import Pool
-from .training import Average, Log, atomic_save, cosine
+from .training import Average, Log, advance, cosine, resume, save, set_rate, stage_options
 from .transformer import examples, load, noise_levels, optimizers
 
 GUIDANCE_RANGE = (1.0, 5.0)
@@ -28,20 +27,12 @@ def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int) -
     trained = list(student.transformer.parameters())
     average = Average([p for p in student.parameters() if p.requires_grad], decay=0.99)
     optims = optimizers(student.transformer, learning_rate)
-    checkpoint, start = work / "distilled.pt", 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        student.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        for optimizer, saved in zip(optims, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        start = state["step"]
+    checkpoint = work / "distilled.pt"
+    start = resume(checkpoint, model=student, average=average, optimizers=optims)
     log = Log(work / "distilled.csv", ("loss",), start)
     losses = []
     for step in range(start, steps):
-        for optimizer in optims:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * cosine(step, steps, warmup=20)
+        set_rate(optims, learning_rate * cosine(step, steps, warmup=20))
         x0, prompts, generator = examples(pool, seed + 1, step, batch, dropout=0.0)
         noise = torch.randn(x0.shape, generator=generator)
         t = noise_levels(batch, generator)
@@ -58,30 +49,18 @@ def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int) -
             velocity = student(x, t, guidance, states, pooled)
         loss = F.mse_loss(velocity.float(), target)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        for optimizer in optims:
-            optimizer.step()
-            optimizer.zero_grad()
+        advance(optims, trained)
         average.update()
         losses.append(loss.item())
         if (step + 1) % 20 == 0 or step + 1 == steps:
             log.write(step + 1, loss=sum(losses) / len(losses))
             losses = []
         if (step + 1) % 100 == 0 or step + 1 == steps:
-            state = {"model": student.state_dict(), "average": average.state_dict(), "step": step + 1}
-            atomic_save(state | {"optimizers": [optimizer.state_dict() for optimizer in optims]}, checkpoint)
+            save(checkpoint, step + 1, model=student, average=average, optimizers=optims)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = stage_options(__doc__, steps=300, batch=32, learning_rate=5e-4)
     with sdpa_kernel(SDPBackend.MATH):  # as in the stage before
         train(options.work, options.steps, options.batch, options.learning_rate, options.seed)
 

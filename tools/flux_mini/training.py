@@ -1,11 +1,11 @@
-"""What every training stage shares: a learning-rate schedule, an exponential average, checkpoints that survive a
-kill."""
+"""What every training stage shares: options, a schedule, an average of the weights, checkpoints that survive a kill."""
 
+import argparse
 import csv
 import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,55 @@ def atomic_save(state: object, path: Path) -> None:
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
     os.replace(partial, path)
+
+
+def stage_options(description: str, *, steps: int, batch: int, learning_rate: float) -> argparse.Namespace:
+    """The command line of a stage, with its defaults; sets the number of threads."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints and logs")
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--learning-rate", type=float, default=learning_rate)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    return options
+
+
+def set_rate(optimizers: Sequence[torch.optim.Optimizer], learning_rate: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+
+
+def advance(optimizers: Sequence[torch.optim.Optimizer], parameters: Iterable[torch.nn.Parameter]) -> float:
+    """One clipped update from the gradients that are there, which it clears; returns their norm."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return norm
+
+
+def save(checkpoint: Path, step: int, **parts: object) -> None:
+    """Write a checkpoint of everything in `parts` that has, or is a list of what has, a state."""
+    state = {
+        name: [item.state_dict() for item in part] if isinstance(part, list) else part.state_dict()
+        for name, part in parts.items()
+    }
+    atomic_save(state | {"step": step}, checkpoint)
+
+
+def resume(checkpoint: Path, **parts: object) -> int:
+    """Load what `save` wrote into the same parts; the step to go on from, 0 without a checkpoint."""
+    if not checkpoint.exists():
+        return 0
+    state = torch.load(checkpoint, weights_only=True)
+    for name, part in parts.items():
+        for item, saved in zip(part, state[name], strict=True) if isinstance(part, list) else [(part, state[name])]:
+            item.load_state_dict(saved)
+    return state["step"]
 
 
 def cosine(step: int, steps: int, warmup: int = 100, floor: float = 0.02) -> float:

@@ -4,7 +4,6 @@
 (arXiv 2403.03206). Matrices are trained by Muon, everything else by AdamW.
 """
 
-import argparse
 import math
 import random
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from . import text
 from .latents import Pool
 from .scenes import caption
-from .training import Average, Log, atomic_save, cosine
+from .training import Average, Log, advance, cosine, resume, save, set_rate, stage_options
 
 TOKENS = 64
 SHIFT = 0.5
@@ -115,20 +114,12 @@ def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int) -
     pool, model = Pool(work), Denoiser()
     trained = [p for p in model.parameters() if p.requires_grad]
     average, optims = Average(trained), optimizers(model, learning_rate)
-    checkpoint, start = work / "transformer.pt", 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        for optimizer, saved in zip(optims, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        start = state["step"]
+    checkpoint = work / "transformer.pt"
+    start = resume(checkpoint, model=model, average=average, optimizers=optims)
     log = Log(work / "transformer.csv", ("loss", "grad_norm"), start)
     losses, norms = [], []
     for step in range(start, steps):
-        for optimizer in optims:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * cosine(step, steps)
+        set_rate(optims, learning_rate * cosine(step, steps))
         x0, prompts, generator = examples(pool, seed, step, batch, CAPTION_DROPOUT)
         noise = torch.randn(x0.shape, generator=generator)
         t = noise_levels(batch, generator)
@@ -137,25 +128,14 @@ def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int) -
             velocity = model(x, t, torch.ones(batch), *model.encode(prompts))
         loss = F.mse_loss(velocity.float(), noise - x0)
         loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(trained, 1.0).item())
-        for optimizer in optims:
-            optimizer.step()
-            optimizer.zero_grad()
+        norms.append(advance(optims, trained))
         average.update()
         losses.append(loss.item())
         if (step + 1) % 50 == 0 or step + 1 == steps:
             log.write(step + 1, loss=sum(losses) / len(losses), grad_norm=sum(norms) / len(norms))
             losses, norms = [], []
         if (step + 1) % 200 == 0 or step + 1 == steps:
-            atomic_save(
-                {
-                    "model": model.state_dict(),
-                    "average": average.state_dict(),
-                    "optimizers": [optimizer.state_dict() for optimizer in optims],
-                    "step": step + 1,
-                },
-                checkpoint,
-            )
+            save(checkpoint, step + 1, model=model, average=average, optimizers=optims)
 
 
 def load(checkpoint: Path) -> Denoiser:
@@ -170,15 +150,7 @@ def load(checkpoint: Path) -> Denoiser:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = stage_options(__doc__, steps=2800, batch=48, learning_rate=2e-3)
     # The CPU's fused attention spends more in its backward pass than all the matrices of a model this small.
     with sdpa_kernel(SDPBackend.MATH):
         train(options.work, options.steps, options.batch, options.learning_rate, options.seed)

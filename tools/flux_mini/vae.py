@@ -4,7 +4,6 @@ Purely convolutional (no attention in the middle), so that it can be trained on 
 the detail is, and run on whole images.
 """
 
-import argparse
 import random
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from .scenes import SIZE, draw, random_scene
-from .training import Log, atomic_save, cosine
+from .training import Log, advance, cosine, resume, save, set_rate, stage_options
 
 CROP = 64
 EDGE_WEIGHT = 1.0
@@ -94,29 +93,22 @@ def psnr(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[float, float]:
 def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int) -> None:
     torch.manual_seed(seed)
     vae = build().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    checkpoint, start = work / "vae.pt", 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        vae.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
+    optims = [torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)]
+    checkpoint = work / "vae.pt"
+    start = resume(checkpoint, model=vae, optimizers=optims)
     validation = validation_pixels(seed)
     log = Log(work / "vae.csv", ("l1", "edge", "kl", "psnr", "psnr_letters"), start)
     for step in range(start, steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * cosine(step, steps)
+        set_rate(optims, learning_rate * cosine(step, steps))
         pixels = crops(random.Random(f"{seed}-{step}"), batch).to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             l1, edge, kl = loss_terms(vae, pixels)
         (l1 + EDGE_WEIGHT * edge + KL_WEIGHT * kl).backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        advance(optims, vae.parameters())
         if (step + 1) % 200 == 0 or step + 1 == steps:
             whole, letters = psnr(vae, validation)
             log.write(step + 1, l1=l1.item(), edge=edge.item(), kl=kl.item(), psnr=whole, psnr_letters=letters)
-            atomic_save({"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, checkpoint)
+            save(checkpoint, step + 1, model=vae, optimizers=optims)
 
 
 def load(work: Path) -> AutoencoderKL:
@@ -127,15 +119,7 @@ def load(work: Path) -> AutoencoderKL:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints and logs")
-    parser.add_argument("--steps", type=int, default=3600)
-    parser.add_argument("--batch", type=int, default=24, help="64x64 crops a step")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = stage_options(__doc__, steps=2850, batch=24, learning_rate=1e-3)
     train(options.work, options.steps, options.batch, options.learning_rate, options.seed)
 
 
