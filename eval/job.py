@@ -153,7 +153,7 @@ def _draw(job: Job, pipe: FluxPipeline, method: Any, title: str, messages: Conso
     with _progress(title, messages) as on_step:
         if method is None:
             drawing = generate(pipe, job.prompt, job.seed, on_step, **arguments)
-            return Run(drawing, h2cache.Trace(total_blocks=0).to_pandas(), None)
+            return Run(drawing, h2cache.Trace().to_pandas(), None)
         with h2cache.apply(pipe, method) as handle:
             drawing = generate(pipe, job.prompt, job.seed, on_step, **arguments)
             return Run(drawing, handle.trace.to_pandas(), handle.summary())

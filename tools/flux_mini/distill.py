@@ -60,7 +60,7 @@ def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int) -
 
 
 def main() -> None:
-    options = stage_options(__doc__, steps=300, batch=32, learning_rate=5e-4)
+    options = stage_options(__doc__, steps=550, batch=32, learning_rate=5e-4)
     with sdpa_kernel(SDPBackend.MATH):  # as in the stage before
         train(options.work, options.steps, options.batch, options.learning_rate, options.seed)
 

@@ -5,6 +5,6 @@ STAGES: tuple[tuple[str, dict[str, int | float]], ...] = (
     ("latents", {"count": 16_384}),
     ("decoder", {"steps": 1500, "batch": 16}),
     ("transformer", {"steps": 2800, "batch": 48}),
-    ("distill", {"steps": 300, "batch": 32}),
+    ("distill", {"steps": 550, "batch": 32}),
 )
 COMMAND = "python -m tools.flux_mini --work build/flux-mini"
