@@ -25,7 +25,7 @@ def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int) -
     student.t5.requires_grad_(False)
     student.clip.requires_grad_(False)
     trained = list(student.transformer.parameters())
-    average = Average([p for p in student.parameters() if p.requires_grad], decay=0.99)
+    average = Average(student.parameters(), decay=0.99)  # of all, as `load` reads it, though only some change
     optims = optimizers(student.transformer, learning_rate)
     checkpoint = work / "distilled.pt"
     start = resume(checkpoint, model=student, average=average, optimizers=optims)

@@ -143,7 +143,7 @@ def load(checkpoint: Path) -> Denoiser:
     model = Denoiser()
     state = torch.load(checkpoint, weights_only=True)
     model.load_state_dict(state["model"])
-    average = Average([p for p in model.parameters() if p.requires_grad])
+    average = Average(model.parameters())
     average.load_state_dict(state["average"])
     average.copy_to_model()
     return model
