@@ -104,14 +104,15 @@ class Engine:
         method, image = self.method, denoising.hidden_states
         key = (tuple(image.shape), image.dtype, image.device)
         run = self.runs.find(denoising.img_ids, key, method.remembers)
-        context = run.context(denoising.branch, image)
         timestep = denoising.timestep.reshape(-1)[:1]
+        known = timestep.tolist()[0] if on_host(timestep) else None
+        context = run.context(denoising.branch, image, known)
         call = Call(method, denoising, run, context, Moment(timestep, self.adapter.timestep_scale))
-        if on_host(timestep):
-            self._set_time(call, timestep.tolist()[0])
-        else:
+        if known is None:
             run.unread.append(call.moment)
-        call.context.note_input(image)
+        else:
+            self._set_time(call, known)
+        call.context.note_input(image, known)
         return call
 
     def _set_time(self, call: Call, timestep: float) -> bool:
@@ -124,7 +125,7 @@ class Engine:
             stale, context = call.context.timed, call.context
             call.run = self.runs.begin(call.denoising.img_ids, call.run.shape, call.run.stages)
             if stale:
-                call.context = call.run.context(call.denoising.branch, call.denoising.hidden_states)
+                call.context = call.run.context(call.denoising.branch, call.denoising.hidden_states, timestep)
             else:  # new with this run, so its memory is of this run, though its first steps went unread
                 call.run.contexts.append(context)
         call.run.note_timestep(call.context, timestep)

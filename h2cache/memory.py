@@ -73,25 +73,25 @@ class Context:
     step: int = 0
     timed: bool = False  # whether any call's timestep is known yet
     stages: dict[str, list[SampleMemory]] = field(default_factory=dict)
-    _last_input: tuple[weakref.ref, int] | None = None
+    _last_input: tuple[weakref.ref, float | None] | None = None
 
     def knows(self, embeddings: tuple[Tensor, ...]) -> bool:
         """Whether these very tensors name this context."""
         return all(ref() is tensor for ref, tensor in zip(self.embeddings, embeddings, strict=True))
 
-    def has_seen(self, hidden_states: Tensor) -> bool:
-        """Whether the last call had this very input: a step calls each branch once, so this call is another branch's.
+    def has_seen(self, hidden_states: Tensor, timestep: float | None) -> bool:
+        """Whether the last call had this very input at this timestep: then this call is of another branch.
 
-        Inference tensors have no version counter, so that a loop which steps in place looks the same: no conclusion.
+        It tells branches apart that were given the same embeddings. Nothing is concluded from a timestep that is not
+        known (None).
         """
-        if self._last_input is None or hidden_states.is_inference():
+        if self._last_input is None or timestep is None:
             return False
-        ref, version = self._last_input
-        return ref() is hidden_states and version == hidden_states._version
+        last_hidden_states, last_timestep = self._last_input
+        return last_hidden_states() is hidden_states and last_timestep == timestep
 
-    def note_input(self, hidden_states: Tensor) -> None:
-        if not hidden_states.is_inference():
-            self._last_input = weakref.ref(hidden_states), hidden_states._version
+    def note_input(self, hidden_states: Tensor, timestep: float | None) -> None:
+        self._last_input = weakref.ref(hidden_states), timestep
 
     def stage(self, name: str, batch: int) -> list[SampleMemory]:
         return self.stages.setdefault(name, [SampleMemory() for _ in range(batch)])
@@ -140,11 +140,14 @@ class Run:
         self.last_timestep = timestep
         context.timed = True
 
-    def context(self, embeddings: tuple[Tensor, ...], hidden_states: Tensor) -> Context:
+    def context(self, embeddings: tuple[Tensor, ...], hidden_states: Tensor, timestep: float | None) -> Context:
         """The context of a call: "cond", "uncond", "context-2", ... in order of appearance."""
-        for context in self.contexts:
-            if context.knows(embeddings) and not context.has_seen(hidden_states):
+        known = [context for context in self.contexts if context.knows(embeddings)]
+        for context in known:
+            if not context.has_seen(hidden_states, timestep):
                 return context
+        if len(known) == len(CONTEXT_NAMES):
+            return known[0]  # guidance has two branches: this is the first one's call, made again
         # A branch whose embeddings are gone can never be called again.
         self.contexts = [c for c in self.contexts if all(ref() is not None for ref in c.embeddings)]
         number = self.contexts_seen

@@ -15,7 +15,7 @@ from pictures import alone, hide_timesteps, is_mixed, own_pipeline, picture
 from tiny import tiny_transformer
 
 import h2cache
-from h2cache import Decision
+from h2cache import Decision, H2CacheConfig
 from h2cache.trace import Trace
 
 every_method = pytest.mark.parametrize("config", METHODS)
@@ -433,3 +433,31 @@ def test_the_record_of_several_threads():
         in_threads(lambda: note(1), lambda: note(2), lambda: note(3), read)
     finally:
         sys.setswitchinterval(interval)
+
+
+@pytest.fixture
+def inputs(transformer):
+    """The arguments of one call of the model."""
+    captured = {}
+    denoise(transformer, steps=1, before_step=lambda step, arguments: captured.update(arguments))
+    return captured
+
+
+def test_the_same_call_again_and_again_is_run_after_run(transformer, inputs):
+    """As a benchmark may make it: nothing changes, not even the timestep. It never hits, and it does not grow."""
+    with torch.no_grad(), h2cache.apply(transformer, H2CacheConfig(tau1=9.0, tau2=9.0)) as handle:
+        held = []
+        for _ in range(7):
+            transformer(**inputs)
+            held.append(handle.held_bytes())
+    assert held[2:] == [*held[:2], *held[:2], held[0]]
+    assert not handle.trace.to_pandas()["decision"].isin(["hit", "forced"]).any()
+
+
+def test_steps_with_the_same_input_are_one_run(transformer, inputs):
+    """Only the timestep changes: the calls are steps of one run, compared with one another."""
+    with torch.no_grad(), h2cache.apply(transformer, H2CacheConfig(tau1=9.0, tau2=9.0)) as handle:
+        for step in range(5):
+            transformer(**inputs | {"timestep": torch.tensor([1 - 0.1 * step])})
+    assert handle.summary()["runs"] == 1
+    assert handle.summary()["stages"]["structure"]["hit"] == 4
