@@ -73,9 +73,14 @@ class Engine:
             interception.detach()
         self.runs.clear()
 
+    @property
+    def attached(self) -> bool:
+        """Whether this engine is at work: neither removed nor replaced."""
+        return bool(self._interceptions)
+
     def _keep_up(self) -> None:
         """Meet what happened to the transformer since the last call: blocks compiled, wrapped or replaced."""
-        if not self._interceptions:
+        if not self.attached:
             return  # removed by another thread while this call was on its way
         if self.adapter.groups(self.transformer) == self._groups:
             self._attach()
@@ -195,7 +200,7 @@ class Engine:
 
     @torch.no_grad()
     def _decide(self, call: Call, stage: Stage, before: Streams, after: Streams) -> Visit:
-        """Hit or compute, for each sample; the only place that reads from the device, once."""
+        """Hit or compute, for each sample, after at most one read from the device."""
         batch, step = after.hidden_states.shape[0], call.context.step
         memories = call.context.stage(stage.name, batch)
         parent = call.visits.get(stage.parent) if stage.parent else None

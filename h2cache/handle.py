@@ -34,8 +34,11 @@ class Handle:
         """Change settings from the next call of the denoiser on.
 
         A run in progress keeps what it remembers as long as that still serves (thresholds, limits); otherwise it
-        computes its next step. ValueError names an unknown field or a value out of range, and changes nothing.
+        computes its next step. ValueError names an unknown field or a value out of range, and changes nothing;
+        RuntimeError if the cache was removed or replaced.
         """
+        if not self._engine.attached:
+            raise RuntimeError("this cache was removed or replaced by another: call h2cache.apply again")
         self._engine.use(self.config.updated(**changes))
 
     def reset(self) -> None:
@@ -46,7 +49,7 @@ class Handle:
         self._engine.runs.clear()
 
     def held_bytes(self) -> int:
-        """Bytes that the cache holds at this moment: zero between runs."""
+        """Bytes that the cache holds at this moment: zero once the denoising loop has let go of its `img_ids`."""
         return self._engine.runs.held_bytes()
 
     def remove(self) -> None:
@@ -64,7 +67,8 @@ def apply(pipe_or_transformer: object, config: CacheConfig) -> Handle:
     """Cache a diffusion transformer's blocks by the method that `config` describes.
 
     Takes any diffusers pipeline with a supported transformer, or the transformer itself. Pipelines that share the
-    transformer share the method, each with its own runs. Applying again replaces the method before.
+    transformer share the method, each with its own runs. Applying again replaces the method before. A loop whose
+    timesteps rise, as in inversion, begins a run with every call: exact, but never a hit.
 
     TypeError for an unsupported pipeline, transformer or configuration.
     """

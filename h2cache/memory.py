@@ -43,6 +43,7 @@ class SampleMemory:
         self.reference = probe
 
     def tensors(self) -> Iterator[Tensor]:
+        """The features; scalars are not counted."""
         if self.reference is not None:
             yield self.reference
         for term in self.terms:

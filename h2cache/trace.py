@@ -22,12 +22,12 @@ class Row(NamedTuple):
 
     run: int
     step: int
-    timestep: Moment
+    timestep: float | Moment
     context: str
     sample: int
     stage: str
     diff: float | None
-    threshold: float | None
+    threshold: float
     decision: Decision
     blocks_computed: int
 
@@ -51,13 +51,16 @@ class Trace:
             return self._runs[run]
 
     def __iter__(self) -> Iterator[Row]:
+        """The rows, with their timesteps as numbers."""
+        for row in self._rows():
+            yield row._replace(timestep=float(row.timestep))
+
+    def _rows(self) -> list[Row]:
         with self._lock:
-            runs = list(self._runs.values())
-        for rows in runs:
-            yield from list(rows)
+            return [row for rows in self._runs.values() for row in list(rows)]
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return len(self._rows())
 
     def clear(self) -> None:
         with self._lock:
@@ -68,7 +71,6 @@ class Trace:
         import pandas
 
         frame = pandas.DataFrame([row._replace(decision=str(row.decision)) for row in self], columns=Row._fields)
-        frame["timestep"] = [float(value) for value in frame["timestep"]]
         return frame.astype({"diff": float, "threshold": float})
 
     def summary(self) -> dict[str, Any]:
@@ -78,7 +80,7 @@ class Trace:
         decision; `computed_fraction` of all blocks, over samples; `max_speedup`, its inverse: the bound on the speedup
         if everything but the blocks were free (a double and a single block cost the same number of FLOPs a token).
         """
-        rows = list(self)
+        rows = self._rows()
         stages = {name: {str(decision): 0 for decision in Decision} for name in self.stage_blocks}
         for row in rows:
             stages[row.stage][row.decision] += 1

@@ -4,6 +4,9 @@ import os
 
 # Before anything imports a hub client: no test may depend on a network, or find out that there is one.
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1")
+# Before anything imports torch: one thread in every Python thread, where `torch.set_num_threads` reaches only its own.
+# The models are tiny, so that more cost time, and sums that are split differently round differently.
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
 from pathlib import Path
 
@@ -20,7 +23,7 @@ from h2cache.interception import interception_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-torch.set_num_threads(1)  # the models are tiny: more threads cost more than they bring
+torch.set_num_threads(1)
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=20, print_blob=False)
 settings.load_profile("repeatable")

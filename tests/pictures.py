@@ -1,5 +1,6 @@
 """Pictures as the integration tests take them: latents out of a pipeline, seeded, in a few steps."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -43,12 +44,16 @@ def is_mixed(handle: Handle) -> bool:
 def own_pipeline(
     pipe: FluxPipeline, kind: type[DiffusionPipeline] = FluxPipeline, **components: Any
 ) -> DiffusionPipeline:
-    """A pipeline of class `kind` on the components of `pipe`, with a scheduler of its own."""
+    """A pipeline of class `kind` on the components of `pipe`, with a scheduler and tokenizers of its own.
+
+    Tokenizers keep the padding of their last call, so that two threads which share one get each other's.
+    """
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    tokenizers = {name: copy.deepcopy(getattr(pipe, name)) for name in ("tokenizer", "tokenizer_2")}
     shared = {
         name: part for name, part in pipe.components.items() if name not in ("image_encoder", "feature_extractor")
     }
-    made = kind(**shared | {"scheduler": scheduler} | components)
+    made = kind(**shared | tokenizers | {"scheduler": scheduler} | components)
     made.set_progress_bar_config(disable=True)
     return made
 

@@ -1,7 +1,7 @@
 """Adapters: the only code that knows a transformer's class.
 
 An adapter says where the blocks are, how a block is called, and which arguments of the model's call name the run. It
-never copies a forward. To support another transformer, write one and add it to `find_adapter`.
+never copies a forward. To support another transformer, write one and add it to `ADAPTERS`.
 """
 
 import torch

@@ -41,6 +41,10 @@ def export(work: Path, checkpoint: str, folder: Path) -> None:
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     build_pipeline(work, checkpoint).to(torch.float16).save_pretrained(partial)
+    for encoder in ("text_encoder", "text_encoder_2"):
+        # transformers would load them in the dtype they were saved in, diffusers loads everything else in float32.
+        config = partial / encoder / "config.json"
+        config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     folder.mkdir(parents=True, exist_ok=True)
     for item in partial.iterdir():
         target = folder / item.name
