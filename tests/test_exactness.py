@@ -163,7 +163,8 @@ def test_applying_again_replaces_and_old_handles_are_harmless(config, transforme
     assert torch.equal(denoise(transformer), expected)
     assert len(first.trace) == 0 and first.held_bytes() == 0
     first.remove()
-    first.update(**never(config))
+    with pytest.raises(RuntimeError, match="removed or replaced"):
+        first.update(**never(config))
     assert torch.equal(denoise(transformer), expected), "the second is still at work"
     third = h2cache.apply(transformer, config)
     second.remove()
