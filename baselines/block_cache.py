@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from h2cache.config import CacheConfig
 from h2cache.decisions import Threshold
 from h2cache.forecasts import Taylor
-from h2cache.stages import FirstBlockResidual, Stage
+from h2cache.probes import FirstBlockResidual
+from h2cache.stages import Stage
 
 
 @dataclass(frozen=True)

@@ -88,14 +88,17 @@ def decision_table(trace: pd.DataFrame) -> Table:
     table.add_column("stage", no_wrap=True)
     for look in LOOKS.values():
         table.add_column(look.meaning, justify="right", style=look.style)
-    for name in METRIC_COLUMNS:
+    measures = trace["diff"].notna().any()
+    for name in METRIC_COLUMNS if measures else ():
         table.add_column(name, justify="right")
     for stage, rows in trace.groupby("stage", sort=False):
         counts = rows["decision"].value_counts()
-        diff, threshold = rows["diff"].dropna(), rows["threshold"].dropna()
-        metric = [f"{diff.median():.3f}", f"{diff.min():.3f} to {diff.max():.3f}"] if len(diff) else ["", ""]
-        limit = f"{threshold.iloc[-1]:g}" if len(threshold) else ""
-        table.add_row(stage, *(str(counts.get(decision, 0)) for decision in LOOKS), limit, *metric)
+        cells = [stage, *(str(counts.get(decision, 0)) for decision in LOOKS)]
+        diff = rows["diff"].dropna()
+        if len(diff):
+            limit = rows["threshold"].iloc[-1]
+            cells += [f"{limit:g}", f"{diff.median():.3f}", f"{diff.min():.3f} to {diff.max():.3f}"]
+        table.add_row(*cells)
     return table
 
 

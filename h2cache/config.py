@@ -58,10 +58,11 @@ class CacheConfig:
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
             self._refuse(name, f"an integer >= {low}" + (" or None" if optional else ""))
 
-    def _fraction(self, name: str) -> None:
+    def _fraction(self, name: str, closed: bool = False, or_else: str = "") -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-            self._refuse(name, "a number in (0, 1)")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not (0 <= value <= 1 if closed else 0 < value < 1):
+            self._refuse(name, ("a number in [0, 1]" if closed else "a number in (0, 1)") + or_else)
 
     def _flag(self, name: str) -> None:
         if not isinstance(getattr(self, name), bool):

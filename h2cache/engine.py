@@ -1,30 +1,29 @@
 """The one place with control flow: follows a denoiser call from block to block and skips what its stages allow.
 
 The model's own forward runs unchanged. The engine sees each call of the model and of its blocks from outside
-(`interception.py`). The first block of a stage always runs; after it the stage's rule decides for each sample. Skipped
-blocks return their input, so that whatever the model adds between blocks (ControlNet) arrives fresh at the stage's last
-block, which adds the forecast residual. Samples that miss are computed in a batch of their own.
+(`interception.py`). A stage's rule decides for each sample (`judge.py`), before the stage's first block or, where the
+probe needs that block, after it. Skipped blocks return their input, so that whatever the model adds between blocks
+(ControlNet) arrives fresh at the stage's last block, which adds the forecast residual. Samples that miss are computed
+in a batch of their own. Methods that skip inside blocks let the blocks run and answer for their modules (`modules.py`).
 """
 
-import math
 import threading
 from collections.abc import Callable
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
 
-from .adapters import Adapter, Denoising
-from .call import Call, Method, Place
+from .adapters import Adapter, BlockModules, Denoising
+from .call import Call, Method, ModulePlace, Place
 from .config import CacheConfig
-from .decisions import Decision
 from .interception import Interception, interception_of
+from .judge import Judge
 from .memory import Moment, Runs
-from .pfs import deviation, relative_l1
+from .modules import answer, regroup
 from .stages import Stage
-from .streams import Streams
-from .trace import Row, Trace
+from .streams import Streams, plain
+from .trace import Trace
 from .visit import Visit
 
 
@@ -36,30 +35,48 @@ class Engine:
         self.adapter = adapter
         self.runs = Runs()
         self.trace = Trace()
+        self._judge = Judge(self.runs, self.trace)
         self._active = threading.local()
+        self._interceptions: list[Interception] = []
         self._watch(config)
 
     def _watch(self, config: CacheConfig) -> None:
-        """Intercept the calls of the model and of every block that it has now."""
+        """Take the blocks that the model has now as those that the method works on."""
         self._groups = self.adapter.groups(self.transformer)
-        blocks = [block for group in self._groups.values() for block in group]
-        self.trace.total_blocks = len(blocks)
+        self.trace.total_blocks = sum(map(len, self._groups.values()))
         self.use(config)
-        self._interceptions = [Interception(self.transformer, self._denoise, self)]
-        self._interceptions += [Interception(block, partial(self._block, block), self) for block in blocks]
-        self._attach()
 
     def use(self, config: CacheConfig) -> None:
         """Follow `config` from the next call on. Runs in progress go on where what they remember still serves."""
         stages = config.compose()
-        places, blocks = {}, {}
+        places, modules, blocks = {}, {}, {}
         for stage in stages:
             members = [block for group in stage.groups for block in self._groups[group]]
             blocks[stage.name] = len(members)
+            inside = [self.adapter.modules(block) for block in members] if stage.modules else []
+            modules |= module_places(stage, inside)
+            with_mlps = [index for index, parts in enumerate(inside) if parts.image_mlp is not None]
             for index, block in enumerate(members):
-                places[block] = Place(stage, index, len(members) - 1, self.adapter.block_call(block))
+                regroups = stage.clusters is not None and index == with_mlps[-1]
+                places[block] = Place(stage, index, len(members) - 1, self.adapter.block_call(block), regroups)
         self.trace.stage_blocks.update(blocks)
-        self.method = Method(config, places, blocks, tuple(stage.remembers for stage in stages))
+        self.method = Method(config, places, modules, blocks, tuple(stage.remembers for stage in stages))
+        self._intercept()
+
+    def _intercept(self) -> None:
+        """See the calls of the model, of every block, and of the modules that the method skips; of nothing else."""
+        handlers: dict[torch.nn.Module, Callable] = {self.transformer: self._denoise}
+        for group in self._groups.values():
+            handlers |= {block: partial(self._block, block) for block in group}
+        handlers |= {module: partial(self._module, module) for module in self.method.modules}
+        known = {interception.module: interception for interception in self._interceptions}
+        for module in known.keys() - handlers.keys():
+            known[module].detach()
+        self._interceptions = [
+            known[module] if module in known else Interception(module, handler, self)
+            for module, handler in handlers.items()
+        ]
+        self._attach()
 
     def _attach(self) -> None:
         """Put every interception in its place, around what may have been compiled since the last call."""
@@ -79,14 +96,24 @@ class Engine:
         return bool(self._interceptions)
 
     def _keep_up(self) -> None:
-        """Meet what happened to the transformer since the last call: blocks compiled, wrapped or replaced."""
+        """Meet what happened to the transformer since the last call: modules compiled, wrapped or replaced."""
         if not self.attached:
             return  # removed by another thread while this call was on its way
-        if self.adapter.groups(self.transformer) == self._groups:
-            self._attach()
-        else:
+        if self.adapter.groups(self.transformer) != self._groups:
+            config = self.method.config
             self.detach()
-            self._watch(self.method.config)
+            self._watch(config)
+        elif self.method.modules and self._modules_replaced():
+            self.use(self.method.config)
+        else:
+            self._attach()
+
+    def _modules_replaced(self) -> bool:
+        """Whether a block's modules are others than those that are watched: PEFT wraps the ones it adapts."""
+        inside = [self.adapter.modules(block) for block in self.method.places]
+        return any(
+            module not in self.method.modules for parts in inside for module in (*parts.forecast, *parts.silenced)
+        )
 
     def _denoise(self, proceed: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """One call of the model."""
@@ -102,7 +129,7 @@ class Engine:
             raise
         finally:
             self._active.call = outer
-        call.context.step += 1
+        call.context.close(call.moment)
         return output
 
     def _open(self, denoising: Denoising) -> Call:
@@ -116,25 +143,9 @@ class Engine:
         if known is None:
             run.unread.append(call.moment)
         else:
-            self._set_time(call, known)
+            call.set_time(known, self.runs)
         call.context.note_input(image, known)
         return call
-
-    def _set_time(self, call: Call, timestep: float) -> bool:
-        """Tell the call its timestep. True where this shows that its context's memory is of a run before."""
-        call.moment.value = timestep
-        exact = call.denoising.timestep.dtype in (torch.float32, torch.float64)
-        stale = False
-        if call.run.starts_over(call.context, timestep, exact):
-            # The caller kept its `img_ids` from one run to the next.
-            stale, context = call.context.timed, call.context
-            call.run = self.runs.begin(call.denoising.img_ids, call.run.shape, call.run.stages)
-            if stale:
-                call.context = call.run.context(call.denoising.branch, call.denoising.hidden_states, timestep)
-            else:  # new with this run, so its memory is of this run, though its first steps went unread
-                call.run.contexts.append(context)
-        call.run.note_timestep(call.context, timestep)
-        return stale
 
     def _block(self, block: torch.nn.Module, proceed: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """One call of a block: enter its stage, go on in it, or have nothing to do with it."""
@@ -145,12 +156,17 @@ class Engine:
         if place is None:
             return proceed(*args, **kwargs)
         arguments = place.call.bind(args, kwargs)
+        if place.stage.modules:
+            return self._go_through(call, place, block, arguments)
         if place.index == 0:
             return self._enter(call, place, proceed, arguments)
-        visit = call.visits[place.stage.name]
-        if not visit.computed and not place.is_last:
-            return place.call.untouched(arguments)
-        return self._go_on(call, place, visit, proceed, arguments)
+        return self._pass(call, place, call.visits[place.stage.name], proceed, arguments)
+
+    def _module(self, module: torch.nn.Module, proceed: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """One call of a module inside a block."""
+        call: Call | None = getattr(self._active, "call", None)
+        place = call.method.modules.get(module) if call else None
+        return proceed(*args, **kwargs) if place is None else answer(call, place, proceed, args, kwargs)
 
     def _check_watched(self) -> None:
         """A block may be called on its own, but not by a model whose calls we no longer see."""
@@ -161,20 +177,48 @@ class Engine:
             )
 
     def _enter(self, call: Call, place: Place, proceed: Callable, arguments: dict[str, Any]) -> Any:
-        """Run the stage's first block and decide about the others."""
+        """Decide about the stage: before its first block, or about the others after it."""
         before = place.call.read(arguments, call.text_tokens)
+        if not place.stage.runs_first_block:
+            visit = self._decide(call, place, arguments, before, None)
+            return self._pass(call, place, visit, proceed, arguments)
         output = proceed(**arguments)
         after = place.call.parse(output, call.text_tokens)
         if call.denoising.adds_between_blocks:
             after = place.call.kept(after)
-        visit = self._decide(call, place.stage, before, after)
-        call.visits[place.stage.name] = visit
+        visit = self._decide(call, place, arguments, before, after)
         if place.is_last:
             visit.remember(after, call.context.step)
         return output
 
+    def _decide(self, call: Call, place: Place, arguments: dict[str, Any], *around: Streams | None) -> Visit:
+        visit = call.visits[place.stage.name] = self._judge.decide(call, place, arguments, *around)
+        return visit
+
+    def _go_through(self, call: Call, place: Place, block: torch.nn.Module, arguments: dict[str, Any]) -> Any:
+        """Run a block whose modules are skipped, uncompiled: compiled code would not stop at its modules."""
+        if place.index == 0:
+            streams = place.call.read(arguments, call.text_tokens)
+            if place.stage.clusters is not None:
+                place.stage.clusters.check(min(tokens.shape[1] for tokens in streams))
+            self._decide(call, place, arguments, streams, None)
+        visit = call.visits[place.stage.name]
+        output = plain(block)._call_impl(**arguments)
+        if visit.computed:
+            if place.regroups:
+                regroup(call, visit, place.call.parse(output, call.text_tokens))
+            if place.is_last:
+                visit.remember(visit.anchor, call.context.step)
+        return output
+
+    def _pass(self, call: Call, place: Place, visit: Visit, proceed: Callable, arguments: dict[str, Any]) -> Any:
+        """Leave a block out, or run it for the samples that need it."""
+        if not visit.computed and not place.is_last:
+            return place.call.untouched(arguments)
+        return self._go_on(call, place, visit, proceed, arguments)
+
     def _go_on(self, call: Call, place: Place, visit: Visit, proceed: Callable, arguments: dict[str, Any]) -> Any:
-        """Run a later block for the samples that need it; at the stage's last block, give the others their forecast."""
+        """Run a block for the samples that need it; at the stage's last block, give the others their forecast."""
         streams = end = place.call.read(arguments, call.text_tokens)
         output = None
         if visit.computed:
@@ -198,77 +242,17 @@ class Engine:
             return output
         return place.call.result(visit.stand_in(end, call.context.step))
 
-    @torch.no_grad()
-    def _decide(self, call: Call, stage: Stage, before: Streams, after: Streams) -> Visit:
-        """Hit or compute, for each sample, after at most one read from the device."""
-        batch, step = after.hidden_states.shape[0], call.context.step
-        memories = call.context.stage(stage.name, batch)
-        parent = call.visits.get(stage.parent) if stage.parent else None
-        decisions = [
-            stage.rule.without_measuring(memory, step, parent is not None and parent.decisions[sample].skips)
-            for sample, memory in enumerate(memories)
-        ]
-        probes = [
-            None if decision is Decision.FORCED else stage.probe(before.row(sample), after.row(sample))
-            for sample, decision in enumerate(decisions)
-        ]
-        undecided = [sample for sample, decision in enumerate(decisions) if decision is None]
-        compared: dict[int, list[float]] = {}
-        if undecided:
-            deviations = [deviation(memories[sample].reference, probes[sample]) for sample in undecided]
-            measured, stale = self._read(call, deviations)
-            if stale:
-                return self._decide(call, stage, before, after)
-            # What was read may have shown that a reference was not finite, and made its memory forget it.
-            pairs = zip(undecided, measured, strict=True)
-            compared = {sample: pair for sample, pair in pairs if memories[sample].reference is not None}
-        together = list(compared.values()) if call.method.config.decides_together else None
-        differences = {sample: relative_l1(together or [pair]) for sample, pair in compared.items()}
-        for sample in undecided:
-            decisions[sample] = stage.rule.measured(differences.get(sample))
-        visit = Visit(stage, memories, decisions, anchor=after, returned=after)
-        visit.settle(probes, compared)
-        self._record(call, stage, decisions, differences)
-        return visit
 
-    def _read(self, call: Call, deviations: list[torch.Tensor]) -> tuple[list[list[float]], bool]:
-        """The deviations as floats, and whether the context's memory turns out to be of a run before.
-
-        One transfer brings them together with everything else of the run that nobody has read yet: timesteps, and
-        whether unmeasured probes were finite.
-        """
-        unread, call.run.unread = call.run.unread, []
-        doubtful = [memory for memory in call.context.memories() if memory.doubt is not None]
-        late = [moment.value.to(deviations[0]) for moment in unread]
-        values = iter(torch.cat([*deviations, *(memory.doubt for memory in doubtful), *late]).tolist())
-        pairs = [list(islice(values, 2)) for _ in deviations]
-        for memory in doubtful:
-            memory.doubt = None
-            if not math.isfinite(next(values)):
-                memory.forget()
-        for moment, value in zip(unread, values, strict=True):
-            moment.value = value
-        is_late = any(moment is call.moment for moment in unread)
-        return pairs, is_late and self._set_time(call, call.moment.value)
-
-    def _record(self, call: Call, stage: Stage, decisions: list[Decision], differences: dict[int, float]) -> None:
-        rows = self.trace.rows_of(call.run.number)
-        for sample, decision in enumerate(decisions):
-            blocks = 1 if decision.skips else call.method.blocks[stage.name]
-            rows.append(
-                Row(
-                    call.run.number,
-                    call.context.step,
-                    call.moment,
-                    call.context.name,
-                    sample,
-                    stage.name,
-                    differences.get(sample),
-                    stage.rule.threshold,
-                    decision,
-                    blocks,
-                )
-            )
+def module_places(stage: Stage, inside: list[BlockModules]) -> dict[torch.nn.Module, ModulePlace]:
+    """Where the modules inside the blocks of a stage stand, numbered in the order of the network."""
+    places: dict[torch.nn.Module, ModulePlace] = {}
+    for parts in inside:
+        for module in parts.forecast:
+            mlp = stage.clusters is not None and module in (parts.image_mlp, parts.text_mlp)
+            places[module] = ModulePlace(stage, len(places), refreshed=mlp, is_text=module is parts.text_mlp)
+        for module in parts.silenced:
+            places[module] = ModulePlace(stage, len(places), silenced=True)
+    return places
 
 
 def on_host(tensor: torch.Tensor) -> bool:

@@ -1,27 +1,64 @@
-"""What stands in for a skipped stage: a polynomial in the steps since the stage was last computed.
+"""What stands in for skipped features: a polynomial in the steps since they were last computed.
 
-Order 0 is plain reuse of the last residual. Higher orders extrapolate with divided differences of the residuals at
-the computed steps: `D_0 = F`, `D_{k+1} = (D_k - previous D_k) / (i - previous i)`. The bases differ only in the
+Order 0 is plain reuse of what was last computed. Higher orders extrapolate with divided differences of the features F
+at the computed steps: `D_0 = F`, `D_{k+1} = (D_k - previous D_k) / (i - previous i)`. The bases differ only in the
 coefficients of D_k at x steps ahead (Taylor: arXiv 2503.06923; scaled Hermite: arXiv 2508.16984, eq. of dual
-scaling).
+scaling). Coefficients are plain floats, computed once a step.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
-from .streams import Streams
+Features = Sequence[Tensor]  # what is forecast together: the two streams of a stage, or the outputs of a module
+
+
+class Forecast(Protocol):
+    """A basis. `first_difference`: the computed step at which differences begin to be taken; 0: as soon as they can."""
+
+    order: int
+    first_difference: int
+
+    def coefficients(self, x: int) -> list[float]:
+        """Those of D_0 .. D_order at x steps ahead."""
+
+
+class FittedForecast(Forecast, Protocol):
+    """A basis that learns during a run from how it would have forecast what is being computed."""
+
+    def fitted(self, products: list[list[float]], x: int) -> Forecast:
+        """The basis to go on with.
+
+        `products` are the inner products of newly computed features and of `D_0 .. D_order` as they were x steps
+        before, in this order.
+        """
 
 
 @dataclass(frozen=True)
 class Taylor:
-    """`sum_k D_k x^k / k!`; order 0 reuses the last residual."""
+    """`sum_k D_k x^k / k!`; order 0 reuses what was last computed."""
 
     order: int = 0
+    first_difference: int = 0
 
     def coefficients(self, x: int) -> list[float]:
         return [x**k / math.factorial(k) for k in range(self.order + 1)]
+
+
+@dataclass(frozen=True)
+class ScaledTaylor:
+    """`sum_k sigma^(2k) D_k x^k / k!`: HiCache's ablation, its dual scaling on the monomials."""
+
+    order: int = 1
+    sigma: float = 0.5
+    first_difference: int = 0
+
+    def coefficients(self, x: int) -> list[float]:
+        return [(self.sigma**2 * x) ** k / math.factorial(k) for k in range(self.order + 1)]
 
 
 @dataclass(frozen=True)
@@ -34,6 +71,7 @@ class Hermite:
 
     order: int = 1
     sigma: float = 0.5
+    first_difference: int = 0
 
     def coefficients(self, x: int) -> list[float]:
         argument = self.sigma * x
@@ -43,23 +81,62 @@ class Hermite:
         return [self.sigma**n * hermite[n] / math.factorial(n) for n in range(self.order + 1)]
 
 
-Forecast = Taylor | Hermite
+@dataclass(frozen=True)
+class BackcastHermite(Hermite):
+    """Scaled Hermite with the sigma that would have forecast the newest computed features best, in least squares.
+
+    The paper gives no rule for sigma; this one asks the run itself, at each computed step, with the differences that
+    were there before. `sigma` serves until there is something to ask: in the first interval features change fastest,
+    and the differences are from single steps, so that it must be small. docs/methods.md has the measurements.
+    """
+
+    sigma: float = 0.3
+
+    def fitted(self, products: list[list[float]], x: int) -> Forecast:
+        def error(candidate: Hermite) -> float:
+            weights = [1.0, *(-c for c in candidate.coefficients(x))]
+            return sum(a * b * products[i][j] for i, a in enumerate(weights) for j, b in enumerate(weights))
+
+        candidates = [Hermite(self.order, percent / 100, self.first_difference) for percent in range(1, 100)]
+        best = min(candidates, key=error)
+        return best if math.isfinite(error(best)) else self
 
 
-def advance_terms(terms: list[Streams], residual: Streams, steps: int, order: int) -> list[Streams]:
-    """The differences `D_0 .. D_order` after a new computed residual, `steps` after the one that `terms` belong to.
+def inner_products(vectors: Sequence[Features]) -> Tensor:
+    """(K, K) float32 inner products of K lists of tensors, each list taken as one long vector."""
+    rows = [
+        torch.stack([sum((a.float() * b.float()).sum() for a, b in zip(v, w, strict=True)) for w in vectors])
+        for v in vectors
+    ]
+    return torch.stack(rows)
+
+
+def advance_terms(terms: list[Features], computed: Features, elapsed: int, order: int) -> list[Features]:
+    """The differences `D_0 .. D_order` after newly computed features, `elapsed` steps after those of `terms`.
 
     There is one term more than before, up to the order: a difference needs two computed values.
     """
-    fresh = [residual]
+    fresh = [tuple(computed)]
     for old in terms[:order]:
-        fresh.append(Streams(*((new - last) / steps for new, last in zip(fresh[-1], old, strict=True))))
+        difference = torch._foreach_sub(fresh[-1], old)
+        torch._foreach_div_(difference, elapsed)
+        fresh.append(tuple(difference))
     return fresh
 
 
-def add_forecast(streams: Streams, terms: list[Streams], coefficients: list[float]) -> Streams:
-    """`streams + sum_k coefficients[k] * terms[k]`, in the streams' dtype, one fused call a term."""
-    total: list | tuple = streams
+def extrapolate(terms: list[Features], coefficients: list[float], base: Features | None = None) -> Features:
+    """`base + sum_k coefficients[k] * terms[k]` in the features' dtype; without a base, D_0 is it (its coefficient is 1
+    in every basis).
+
+    One multi-tensor operation a term, so that each cached tensor is read once. With no base and order 0 the cached
+    tensors themselves are returned.
+    """
+    if base is None:
+        base, terms, coefficients = terms[0], terms[1:], coefficients[1:]
+    total = base
     for coefficient, term in zip(coefficients, terms, strict=False):
-        total = torch._foreach_add(total, term, alpha=coefficient)
-    return Streams(*total)
+        if total is base:
+            total = torch._foreach_add(total, term, alpha=coefficient)
+        else:
+            torch._foreach_add_(total, term, alpha=coefficient)
+    return tuple(total)

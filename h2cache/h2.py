@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from .config import CacheConfig
 from .decisions import Threshold
 from .forecasts import Forecast, Hermite, Taylor
-from .stages import FirstBlockResidual, Stage
+from .probes import FirstBlockResidual
+from .stages import Stage
 
 
 @dataclass(frozen=True)

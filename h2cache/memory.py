@@ -14,23 +14,30 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .streams import Streams
+from .clusters import ClusterMemory
+from .forecasts import Features, Forecast
 
 
 @dataclass
 class SampleMemory:
     """One stage of one sample.
 
-    `reference`: the probe of the last computed step, (1, tokens', channels') float32. `doubt`: shape (1,), finite if
-    every probe was that came to be remembered without being compared; None when that is known. `terms`: the residual
-    of the last computed step and its differences, order + 1 at most, each (1, N, D) and (1, M, D) in the model's dtype.
+    `reference`: the probe of the last computed step (of the last step, for a rule that follows), (1, tokens',
+    channels') float32. `doubt`: shape (1,), finite if every probe was that came to be remembered without being
+    compared; None when that is known. `terms`: the residual of the last computed step and its differences, order + 1 at
+    most, each (1, N, D) and (1, M, D) in the model's dtype. `accumulated`: what a rule has summed up since then.
+    `products`: what a forecast can learn from the last computed step, with the steps before it that it had to forecast
+    over; None once `fitted` has learned it.
     """
 
     reference: Tensor | None = None
     doubt: Tensor | None = None
-    terms: list[Streams] = field(default_factory=list)
+    terms: list[Features] = field(default_factory=list)
     computed_step: int = 0
     consecutive_hits: int = 0
+    accumulated: float = 0.0
+    products: tuple[Tensor, int] | None = None
+    fitted: Forecast | None = None
 
     def forget(self) -> None:
         """Start afresh: the next call computes."""
@@ -74,6 +81,9 @@ class Context:
     step: int = 0
     timed: bool = False  # whether any call's timestep is known yet
     stages: dict[str, list[SampleMemory]] = field(default_factory=dict)
+    modules: dict[int, list[Features]] = field(default_factory=dict)  # terms of outputs, (B, ...), by module
+    clusters: ClusterMemory | None = None
+    _moments: tuple[Moment, ...] = ()  # of the two calls before
     _last_input: tuple[weakref.ref, float | None] | None = None
 
     def knows(self, embeddings: tuple[Tensor, ...]) -> bool:
@@ -94,6 +104,26 @@ class Context:
     def note_input(self, hidden_states: Tensor, timestep: float | None) -> None:
         self._last_input = weakref.ref(hidden_states), timestep
 
+    def ends_with(self, now: Moment) -> bool:
+        """Whether the step at `now` is the last of its run, as far as the timesteps of three steps tell.
+
+        Denoising loops space their noise levels evenly down to zero and then shift them: with n steps to go
+        `1/t = a / n + b`, a and b fixed by spacing and shift. The differences of 1/t between three steps cancel both;
+        their quotient is (n + 2) / n: 3 at the last step, 2 before it. Timesteps that low precision rounds onto each
+        other, near the first step, say nothing; neither do a run of two steps or a schedule that is spaced otherwise.
+        """
+        if len(self._moments) < 2:
+            return False
+        first, second, third = (float(moment) for moment in (*self._moments, now))
+        if not first > second > 1.03 * third > 0:
+            return False
+        return (1 / third - 1 / second) / (1 / second - 1 / first) > 2.5
+
+    def close(self, moment: Moment) -> None:
+        """End the step at `moment`."""
+        self.step += 1
+        self._moments = (*self._moments, moment)[-2:]
+
     def stage(self, name: str, batch: int) -> list[SampleMemory]:
         return self.stages.setdefault(name, [SampleMemory() for _ in range(batch)])
 
@@ -104,6 +134,11 @@ class Context:
     def tensors(self) -> Iterator[Tensor]:
         for memory in self.memories():
             yield from memory.tensors()
+        for terms in self.modules.values():
+            for outputs in terms:
+                yield from outputs
+        if self.clusters is not None:
+            yield from self.clusters.tensors()
 
 
 CONTEXT_NAMES = ("cond", "uncond")
@@ -202,5 +237,5 @@ class Runs:
         for run in list(self._by_ids.values()):
             for tensor in run.tensors():
                 storage = tensor.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
+                storages[storage._cdata] = storage.nbytes()  # not the address, which is zero on the meta device
         return sum(storages.values())

@@ -2,50 +2,48 @@
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from .decisions import Threshold
+from .clusters import Clusters
+from .decisions import Rule
 from .forecasts import Forecast
-from .pfs import summarize
-from .streams import Streams
-
-
-@dataclass(frozen=True)
-class FirstBlockResidual:
-    """The probe of first-block methods: what the stage's first block adds to its input.
-
-    Image tokens only, or text and image tokens in the order of the sequence ([e; h]); pooled to about `pool` tokens
-    (None: not pooled), float32.
-    """
-
-    with_text: bool = False
-    pool: int | None = None
-
-    def __call__(self, before: Streams, after: Streams) -> Tensor:
-        residual = after.hidden_states - before.hidden_states
-        if self.with_text:
-            text = after.encoder_hidden_states - before.encoder_hidden_states
-            residual = torch.cat([text, residual], dim=1)
-        return summarize(residual, self.pool)
+from .probes import Probe
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A contiguous run of blocks that is skipped as a unit, all but its first block.
+    """A contiguous run of blocks that is skipped as a unit.
 
-    `groups` are names of the adapter's block lists, in order. `parent` names an earlier stage whose skip forces this
-    one.
+    `groups` are names of the adapter's block lists, in order. `probe` says what the rule measures, None for a rule that
+    measures nothing. `parent` names an earlier stage whose skip forces this one.
+
+    With `modules` the blocks always run, and what is skipped are the attention and MLP modules inside them, each with a
+    forecast of its own output before its gate; only a rule that measures nothing can decide about that. `clusters`
+    keeps the forecasts of their MLPs fresh.
     """
 
     name: str
     groups: tuple[str, ...]
-    probe: FirstBlockResidual
-    rule: Threshold
+    rule: Rule
     forecast: Forecast
+    probe: Probe | None = None
     parent: str | None = None
+    modules: bool = False
+    clusters: Clusters | None = None
+
+    @property
+    def runs_first_block(self) -> bool:
+        """Whether the first block runs at every step, because the probe needs what it returns."""
+        return self.probe is not None and self.probe.after_first_block
+
+    @property
+    def fits(self) -> bool:
+        """Whether the forecast learns from what is computed (`FittedForecast`)."""
+        return hasattr(self.forecast, "fitted")
+
+    def order_at(self, step: int) -> int:
+        """The order of the differences that are taken at a computed step."""
+        return self.forecast.order if step >= self.forecast.first_difference else 0
 
     @property
     def remembers(self) -> tuple:
         """All that shapes the memory: while it stays equal, a changed threshold may go on with what is remembered."""
-        return self.name, self.groups, self.probe, self.forecast
+        return self.name, self.groups, self.probe, self.forecast, self.modules, self.clusters

@@ -1,7 +1,7 @@
 """What travels through the blocks, and how a block is called."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -42,6 +42,9 @@ class BlockCall(Protocol):
     def untouched(self, arguments: dict[str, Any]) -> Any:
         """What the block returns when it is skipped: its input."""
 
+    def modulated(self, arguments: dict[str, Any], sample: int) -> Tensor:
+        """(1, N, D): one sample's image tokens as the first norm of a double block modulates them."""
+
     def kept(self, streams: Streams) -> Streams:
         """The streams, safe from what the model may do in place to the block's output."""
 
@@ -49,10 +52,14 @@ class BlockCall(Protocol):
         """The arguments of a call with only the samples `rows`."""
 
 
+def plain(module: torch.nn.Module) -> torch.nn.Module:
+    """The module itself, also of one inside `torch.compile`."""
+    return getattr(module, "_orig_mod", module)
+
+
 def parameter_names(module: torch.nn.Module) -> tuple[str, ...]:
-    """The names of a module's forward arguments, also of one inside `torch.compile`."""
-    plain = getattr(module, "_orig_mod", module)
-    return tuple(inspect.signature(type(plain).forward).parameters)[1:]
+    """The names of a module's forward arguments."""
+    return tuple(inspect.signature(type(plain(module)).forward).parameters)[1:]
 
 
 class _FluxCall:
@@ -60,11 +67,21 @@ class _FluxCall:
 
     per_sample = ("hidden_states", "encoder_hidden_states", "temb", "joint_attention_kwargs")
 
-    def __init__(self, block: torch.nn.Module):
+    def __init__(self, block: torch.nn.Module, onload: Callable[[torch.nn.Module], None]):
         self.names = parameter_names(block)
+        self.block = plain(block)
+        self.onload = onload
 
     def bind(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         return kwargs if not args else dict(zip(self.names, args, strict=False)) | kwargs
+
+    def modulated(self, arguments: dict[str, Any], sample: int) -> Tensor:
+        row = slice(sample, sample + 1)
+        hidden_states, temb = arguments["hidden_states"][row], arguments["temb"][row]
+        norm = self.block.norm1
+        if any(weight.device != hidden_states.device for weight in norm.parameters()):
+            self.onload(self.block)  # offloaded with its block, which has not been called yet
+        return norm(hidden_states, emb=temb)[0]
 
     def select(self, arguments: dict[str, Any], rows: Tensor, batch: int) -> dict[str, Any]:
         # By name: the rotary table (M+N, head_dim) has no batch dimension, though its length could equal the batch.
@@ -78,7 +95,9 @@ class JointCall(_FluxCall):
     """`block(hidden_states, encoder_hidden_states, ...) -> (encoder_hidden_states, hidden_states)`."""
 
     def read(self, arguments: dict[str, Any], text_tokens: int) -> Streams:
-        return Streams(arguments["hidden_states"], arguments["encoder_hidden_states"])
+        image, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
+        # One text for all images, such as a lone negative prompt, comes as a batch of one and leaves the block as many.
+        return Streams(image, text if len(text) == len(image) else text.expand(len(image), -1, -1))
 
     def parse(self, output: tuple[Tensor, Tensor], text_tokens: int) -> Streams:
         return Streams(output[1], output[0])

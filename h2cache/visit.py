@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .decisions import Decision
-from .forecasts import add_forecast, advance_terms
+from .forecasts import Features, advance_terms, extrapolate, inner_products
 from .memory import SampleMemory
 from .stages import Stage
 from .streams import Streams, join_rows
@@ -15,17 +15,21 @@ from .streams import Streams, join_rows
 
 @dataclass
 class Visit:
-    """`anchor` are the streams after the first block, from which residuals are counted."""
+    """`anchor` are the streams before the first block that can be skipped, from which residuals are counted."""
 
     stage: Stage
     memories: list[SampleMemory]
     decisions: list[Decision]
     anchor: Streams
-    returned: Streams  # what the last block that ran returned
+    returned: Streams = field(init=False)  # what the last block that ran returned
     computed: list[int] = field(default_factory=list)
     unsound: set[int] = field(default_factory=set)  # computed, but with a probe that was not finite: not remembered
     rows: Tensor | None = None  # index of the computed samples, where they are some and not all
+    products: dict[int, Tensor] = field(default_factory=dict)  # see `learn`
     added: list[Tensor | None] = field(default_factory=lambda: [None, None])  # by the model, between blocks
+
+    def __post_init__(self) -> None:
+        self.returned = self.anchor
 
     def settle(self, probes: list[Tensor | None], compared: dict[int, list[float]]) -> None:
         """Follow the decisions: count the skips, and let the probe of every computed sample become its reference.
@@ -36,9 +40,13 @@ class Visit:
         for sample, (memory, decision) in enumerate(zip(self.memories, self.decisions, strict=True)):
             if decision.skips:
                 memory.consecutive_hits += 1
+                if self.stage.rule.follows:
+                    memory.reference = probes[sample]
                 continue
-            memory.consecutive_hits = 0
+            memory.consecutive_hits, memory.accumulated = 0, 0.0
             self.computed.append(sample)
+            if probes[sample] is None:
+                continue
             if sample not in compared:
                 memory.remember_unseen(probes[sample])
             elif math.isfinite(compared[sample][0]):
@@ -62,11 +70,22 @@ class Visit:
     def remember(self, end: Streams, step: int) -> None:
         """Keep the residual of every computed sample, and with it the differences that forecasts need."""
         for sample in self.computed:
-            if sample not in self.unsound:
-                memory = self.memories[sample]
-                residual, steps = self._residual(end, sample), step - memory.computed_step
-                memory.terms = advance_terms(memory.terms, residual, steps, self.stage.forecast.order)
-                memory.computed_step = step
+            memory = self.memories[sample]
+            elapsed = step - memory.computed_step
+            if not self.stage.modules and sample not in self.unsound:
+                residual = self._residual(end, sample)
+                self.learn(sample, residual, memory.terms)
+                memory.terms = advance_terms(memory.terms, residual, elapsed, self.stage.order_at(step))
+            if sample in self.products:
+                memory.products = self.products[sample], elapsed
+            memory.computed_step = step
+
+    def learn(self, sample: int, computed: Features, terms: list[Features]) -> None:
+        """Add up what a forecast that fits itself can learn from features which it could have forecast."""
+        if self.stage.fits and len(terms) == self.stage.forecast.order + 1:
+            products = inner_products([computed, *terms])
+            earlier = self.products.get(sample)
+            self.products[sample] = products if earlier is None else earlier + products
 
     def _residual(self, end: Streams, sample: int) -> Streams:
         parts = []
@@ -75,13 +94,17 @@ class Visit:
             parts.append(part if addition is None else part - addition[sample : sample + 1])
         return Streams(*parts)
 
+    def coefficients(self, step: int, sample: int) -> list[float]:
+        """Of the forecast at `step`."""
+        memory = self.memories[sample]
+        return (memory.fitted or self.stage.forecast).coefficients(step - memory.computed_step)
+
     def stand_in(self, end: Streams, step: int) -> Streams:
         """The end of the stage: as computed, or as arrived plus the forecast residual."""
         rows = []
         for sample, (memory, decision) in enumerate(zip(self.memories, self.decisions, strict=True)):
             row = end.row(sample) if len(self.memories) > 1 else end
             if decision.skips:
-                coefficients = self.stage.forecast.coefficients(step - memory.computed_step)
-                row = add_forecast(row, memory.terms, coefficients)
+                row = Streams(*extrapolate(memory.terms, self.coefficients(step, sample), base=row))
             rows.append(row)
         return join_rows(rows)

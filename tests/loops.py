@@ -1,7 +1,7 @@
 """A denoising loop without a pipeline, and counters that see what a model really does."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -88,13 +88,28 @@ def blocks_of(transformer: FluxTransformer2DModel) -> list[torch.nn.Module]:
     return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
 
-@contextmanager
-def executions(transformer: FluxTransformer2DModel) -> Iterator[list[list[int]]]:
+def executions(transformer: FluxTransformer2DModel) -> AbstractContextManager[list[list[int]]]:
     """For each call of the model, the number of samples that each of its blocks is really executed for.
 
     Watches the first norm inside every block, which no cache replaces: a call of the block itself may be answered
     without running it.
     """
+    return _passing(transformer, lambda block: block.norm1 if hasattr(block, "norm1") else block.norm)
+
+
+def attentions(transformer: FluxTransformer2DModel) -> AbstractContextManager[list[list[int]]]:
+    """For each call of the model, the number of samples that the attention of each of its blocks is computed for.
+
+    What a block costs, also where a method skips inside blocks, or calls a block's norm to look at what it returns.
+    """
+    return _passing(transformer, lambda block: block.attn.to_q)
+
+
+@contextmanager
+def _passing(
+    transformer: FluxTransformer2DModel, part: Callable[[torch.nn.Module], torch.nn.Module]
+) -> Iterator[list[list[int]]]:
+    """For each call of the model, the number of samples that pass through one part of each block."""
     calls: list[list[int]] = []
     blocks = blocks_of(transformer)
 
@@ -108,9 +123,7 @@ def executions(transformer: FluxTransformer2DModel) -> Iterator[list[list[int]]]
         return executed
 
     hooks = [transformer.register_forward_pre_hook(begin)]
-    for index, block in enumerate(blocks):
-        norm = block.norm1 if hasattr(block, "norm1") else block.norm
-        hooks.append(norm.register_forward_pre_hook(watch(index)))
+    hooks += [part(block).register_forward_pre_hook(watch(index)) for index, block in enumerate(blocks)]
     try:
         yield calls
     finally:

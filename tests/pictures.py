@@ -1,6 +1,7 @@
 """Pictures as the integration tests take them: latents out of a pipeline, seeded, in a few steps."""
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 import h2cache
 from h2cache import CacheConfig, Handle
+from h2cache.trace import Row
 
 PROMPT = "a red stop sign"
 
@@ -39,6 +41,14 @@ def is_mixed(handle: Handle) -> bool:
     """Whether something was skipped and something computed after warm-up: else a test of caching shows nothing."""
     decisions = {row.decision for row in handle.trace}
     return h2cache.Decision.COMPUTE in decisions and any(decision.skips for decision in decisions)
+
+
+def partial_steps(rows: Iterable[Row]) -> int:
+    """Stage visits in which some samples of a batch were skipped and some computed."""
+    visits: dict[tuple, set[bool]] = {}
+    for row in rows:
+        visits.setdefault((row.run, row.context, row.step, row.stage), set()).add(row.decision.skips)
+    return sum(len(kinds) == 2 for kinds in visits.values())
 
 
 def own_pipeline(

@@ -5,15 +5,25 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import METHODS
-from loops import blocks_of, denoise, executions
-from pictures import is_mixed, picture
+from conftest import (
+    EARLY,
+    FIRST_BLOCK,
+    MEASURING,
+    METHODS,
+    SCHEDULED,
+    measures,
+    warmup_steps,
+)
+from loops import attentions, blocks_of, denoise, executions
+from pictures import is_mixed, partial_steps, picture
 from torch import Tensor, nn
 
 import h2cache
 from h2cache import CacheConfig, Decision, H2CacheConfig, Handle
 
 every_method = pytest.mark.parametrize("config", METHODS)
+every_measuring_method = pytest.mark.parametrize("config", MEASURING)
+every_schedule = pytest.mark.parametrize("config", SCHEDULED)
 BATCH = 4
 
 
@@ -27,20 +37,12 @@ def decided(handle: Handle, sample: int) -> list[tuple]:
     return [(row.step, row.stage, row.decision, row.blocks_computed) for row in handle.trace if row.sample == sample]
 
 
-def partial_steps(handle: Handle) -> int:
-    """Stage visits in which some samples were skipped and some computed."""
-    visits: dict[tuple, set[bool]] = {}
-    for row in handle.trace:
-        visits.setdefault((row.run, row.context, row.step, row.stage), set()).add(row.decision.skips)
-    return sum(len(kinds) == 2 for kinds in visits.values())
-
-
 @every_method
 def test_every_image_is_as_if_alone(config, exact):
     options = dict(dtype=torch.float64, steps=20)
     with h2cache.apply(exact, config) as together:
         images = denoise(exact, batch=BATCH, **options)
-    assert partial_steps(together) >= 5 and is_mixed(together)
+    assert is_mixed(together) and splits_as_it_should(config, together, at_least=5)
     for sample in range(BATCH):
         with h2cache.apply(exact, config) as handle:
             image = denoise(exact, seed=sample, **options)
@@ -50,27 +52,42 @@ def test_every_image_is_as_if_alone(config, exact):
         torch.testing.assert_close(images[sample], image[0], rtol=1e-9, atol=1e-9)
 
 
+def splits_as_it_should(config: CacheConfig, handle: Handle, at_least: int) -> bool:
+    """Whether some samples were skipped beside others that were not; by a schedule never."""
+    return partial_steps(handle.trace) >= at_least if measures(config) else partial_steps(handle.trace) == 0
+
+
 def by_sample(handle: Handle, sample: int) -> list:
     return [row for row in handle.trace if row.sample == sample]
 
 
 @every_method
 def test_only_what_misses_is_computed(config, transformer):
-    """Rows that pass through each block, call by call, against what the record says was computed."""
-    with h2cache.apply(transformer, config) as handle, executions(transformer) as calls:
+    """Samples that each block is computed for, call by call, against what the record says."""
+    with h2cache.apply(transformer, config) as handle, attentions(transformer) as calls:
         denoise(transformer, batch=BATCH, steps=20)
-    assert partial_steps(handle) >= 5
-    sizes = {"structure": 2, "detail": 3, "network": 5}
+    assert splits_as_it_should(config, handle, at_least=5)
+    sizes = {"double": 2, "single": 3}
     for step, rows_through in enumerate(calls):
         expected = []
         for stage in config.compose():
             decisions = [row.decision for row in handle.trace if row.step == step and row.stage == stage.name]
             misses = sum(not decision.skips for decision in decisions)
-            expected += [BATCH] + [misses] * (sizes[stage.name] - 1)
+            blocks = sum(sizes[group] for group in stage.groups)
+            expected += [BATCH if stage.runs_first_block else misses] + [misses] * (blocks - 1)
         assert rows_through == expected, step
     blocks = sum(row.blocks_computed for row in handle.trace)
     assert blocks == sum(map(sum, calls))
     assert handle.summary()["computed_fraction"] == pytest.approx(blocks / (20 * BATCH * 5))
+
+
+@pytest.mark.parametrize("config", EARLY)
+def test_what_misses_is_looked_at_by_itself(config, transformer):
+    """A probe that needs no block runs the first block's norm once more for each sample, and nothing else."""
+    with h2cache.apply(transformer, config) as handle, executions(transformer) as calls:
+        denoise(transformer, batch=BATCH, steps=20)
+    misses = [sum(not row.decision.skips for row in handle.trace if row.step == step) for step in range(20)]
+    assert calls == [[BATCH + count, count, count, count, count] for count in misses]
 
 
 @every_method
@@ -82,7 +99,7 @@ def test_pictures_of_one_call(config, tiny_pipe):
         cast = dict(steps=16, joint_attention_kwargs={})
         with h2cache.apply(tiny_pipe, config) as handle, doubled(tiny_pipe.transformer):
             together = picture(tiny_pipe, prompts, seed=4, **cast)
-            assert partial_steps(handle) >= 1 and is_mixed(handle)
+            assert is_mixed(handle) and splits_as_it_should(config, handle, at_least=1)
             for number, prompt in enumerate(prompts):
                 single = picture(tiny_pipe, prompt, seed=4 + number, **cast)
                 torch.testing.assert_close(together[number], single[0], rtol=1e-4, atol=1e-4)
@@ -143,7 +160,7 @@ def first_residuals(transformer: nn.Module) -> tuple[list[Tensor], object]:
     return seen, blocks_of(transformer)[0].register_forward_hook(watch, with_kwargs=True)
 
 
-@every_method
+@pytest.mark.parametrize("config", FIRST_BLOCK)
 def test_mean_decides_once_for_the_whole_batch(config, transformer):
     """As the published code: relL1 is taken over the batch as one tensor."""
     config = config.updated(batch_decision="mean")
@@ -151,18 +168,17 @@ def test_mean_decides_once_for_the_whole_batch(config, transformer):
     with h2cache.apply(transformer, config) as handle:
         denoise(transformer, batch=BATCH, steps=20)
     hook.remove()
-    assert is_mixed(handle) and partial_steps(handle) == 0
+    assert is_mixed(handle) and partial_steps(handle.trace) == 0
 
     stage = config.compose()[0]
     threshold = config.tau1 if isinstance(config, H2CacheConfig) else config.threshold
     target = config.pool1 if isinstance(config, H2CacheConfig) else None
-    warmup = getattr(config, "warmup_steps", 1)
     reference = None
     for step, residual in enumerate(residuals):
         probe = pooled(residual, target)
         rows = [row for row in handle.trace if row.step == step and row.stage == stage.name]
         assert len(rows) == BATCH
-        if step < warmup:
+        if step < warmup_steps(config):
             assert {row.decision for row in rows} == {Decision.WARMUP}
             reference = probe
             continue
@@ -172,6 +188,53 @@ def test_mean_decides_once_for_the_whole_batch(config, transformer):
         assert {row.decision for row in rows} == {Decision.HIT if hit else Decision.COMPUTE}, step
         if not hit:
             reference = probe
+
+
+@pytest.mark.parametrize("config", EARLY)
+def test_mean_of_what_is_seen_before_the_blocks(config, transformer):
+    """The same where the first block's input is watched, from each step to the next: the changes add up until the
+    batch computes. The last step computes whatever they are."""
+    config = config.updated(batch_decision="mean")
+    assert config.coefficients == (1.0, 0.0), "the reference below adds up the changes as they are"
+    seen: list[Tensor] = []
+
+    def watch(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        with torch.no_grad():
+            seen.append(module.norm1.forward(kwargs["hidden_states"], emb=kwargs["temb"])[0])
+
+    inputs: list[dict] = []
+    with h2cache.apply(transformer, config) as handle:
+        hook = transformer.register_forward_pre_hook(
+            lambda module, args, kwargs: inputs.append(kwargs), with_kwargs=True
+        )
+        denoise(transformer, batch=BATCH, steps=20)
+        hook.remove()
+    hook = transformer.transformer_blocks[0].register_forward_pre_hook(watch, with_kwargs=True)
+    with torch.no_grad():
+        for call in inputs:
+            transformer(**call)
+    hook.remove()
+    assert is_mixed(handle) and partial_steps(handle.trace) == 0
+    total = 0.0
+    for step in range(1, 20):
+        total += ((seen[step - 1] - seen[step]).abs().mean() / seen[step - 1].abs().mean()).item()
+        rows = [row for row in handle.trace if row.step == step]
+        assert [row.diff for row in rows] == [pytest.approx(total, rel=1e-5)] * BATCH
+        hit = total < config.threshold and step < 19
+        assert {row.decision for row in rows} == {Decision.HIT if hit else Decision.COMPUTE}, step
+        total = total if hit else 0.0
+
+
+@every_schedule
+def test_a_schedule_decides_once_for_the_whole_batch(config, transformer):
+    """So that the mean over the batch changes nothing."""
+    images = []
+    for decision in ("sample", "mean"):
+        with h2cache.apply(transformer, config.updated(batch_decision=decision)) as handle:
+            images.append(denoise(transformer, batch=BATCH, steps=14))
+        assert is_mixed(handle) and partial_steps(handle.trace) == 0
+        assert all(decided(handle, sample) == decided(handle, 0) for sample in range(BATCH))
+    assert torch.equal(*images)
 
 
 @every_method
@@ -187,14 +250,15 @@ def test_mean_and_sample_agree_on_a_single_image(config, transformer):
 @every_method
 def test_mean_computes_all_or_none(config, transformer):
     config = config.updated(batch_decision="mean")
-    with h2cache.apply(transformer, config), executions(transformer) as calls:
+    with h2cache.apply(transformer, config), attentions(transformer) as calls:
         denoise(transformer, batch=BATCH, steps=20)
     assert {rows for call in calls for rows in call} == {0, BATCH}
 
 
 @every_method
 def test_a_sample_that_never_hits_among_others(config, exact):
-    """One image is fresh noise at every step and (nearly) always misses; its neighbours go on skipping."""
+    """One image is fresh noise at every step and (nearly) always misses; its neighbours go on skipping. A schedule
+    skips all three, and no noise comes into the neighbours' forecasts."""
 
     def shake(step: int, call: dict) -> None:
         call["hidden_states"] = call["hidden_states"].clone()
@@ -210,7 +274,10 @@ def test_a_sample_that_never_hits_among_others(config, exact):
             )
     first = config.compose()[0].name
     skipped = [sum(row.decision.skips for row in rows if row.stage == first and row.sample == k) for k in range(3)]
-    assert skipped[0] > skipped[1] < skipped[2]
+    if measures(config):
+        assert skipped[0] > skipped[1] < skipped[2]
+    else:
+        assert skipped[0] == skipped[1] == skipped[2] > 0
 
 
 def test_samples_do_miss_at_different_steps(transformer):

@@ -10,11 +10,22 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
-from conftest import METHODS, never_hitting
+from conftest import (
+    EARLY,
+    KINDS,
+    METHODS,
+    MODULES,
+    every_method_once,
+    has_clusters,
+    measures,
+    never_hitting,
+    runs_first_block,
+    skips_modules,
+)
 from diffusers import FlowMatchHeunDiscreteScheduler, FluxPipeline
 from diffusers.hooks import apply_group_offloading, group_offloading
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
-from loops import blocks_of, denoise, denoising, executions, position_ids
+from loops import attentions, blocks_of, denoise, denoising, position_ids
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from pictures import alone, is_mixed, own_pipeline, picture
@@ -25,8 +36,8 @@ from torch._dynamo.testing import CompileCounter
 import h2cache
 
 every_method = pytest.mark.parametrize("config", METHODS)
-one_of_each = pytest.mark.parametrize("config", METHODS[:1] + METHODS[-1:])  # where a test takes seconds
 before_or_after = pytest.mark.parametrize("when", ["before", "after"])
+every_method_before_or_after = every_method_once("when", {"before": "before", "after": "after"}, most="after")
 
 CPU = torch.device("cpu")
 
@@ -68,8 +79,7 @@ def lora_folder(tmp_path_factory):
     return folder
 
 
-@before_or_after
-@every_method
+@every_method_before_or_after
 def test_lora(config, when, own_pipe, lora_folder):
     """Loaded, weighed, unloaded: each picture is that of a pipeline that never was in another state."""
     fresh = own_pipeline(own_pipe, transformer=copy.deepcopy(own_pipe.transformer))
@@ -89,6 +99,29 @@ def test_lora(config, when, own_pipe, lora_folder):
         own_pipe.load_lora_weights(lora_folder)
         assert torch.equal(picture(own_pipe), with_lora)
     assert torch.equal(picture(own_pipe), plain_with)
+
+
+@pytest.mark.parametrize("target", ["to_q", "net.2", "norm1.linear", "proj_mlp", "proj_out"])
+@pytest.mark.parametrize("config", MODULES + EARLY)
+def test_a_lora_of_one_kind_of_layer(config, target, transformer):
+    """PEFT puts another module in the layer's place: the one that a method answers for, one that only feeds it, or a
+    part of one."""
+
+    def load(model: nn.Module) -> None:
+        torch.manual_seed(7)
+        model.add_adapter(LoraConfig(r=2, target_modules=[target], init_lora_weights=False))
+
+    fresh = tiny_transformer()
+    load(fresh)
+    with h2cache.apply(transformer, config):
+        without = denoise(transformer)
+        with h2cache.apply(fresh, config):
+            with_lora = denoise(fresh)
+        load(transformer)
+        assert torch.equal(denoise(transformer), with_lora)
+        transformer.unload_lora()
+        assert torch.equal(denoise(transformer), without)
+    assert not torch.allclose(with_lora, without, atol=0.05)
 
 
 def test_lora_hotswap_can_be_prepared_while_a_cache_is_applied(own_pipe, lora_folder):
@@ -126,15 +159,15 @@ def test_ip_adapter(config, transformer):
     def run(seed: int, batch: int) -> Tensor:
         prompts = {"ip_hidden_states": image_prompt(100 + seed, batch)}
         return denoise(
-            transformer, seed=seed, batch=batch, steps=16, dtype=torch.float64, joint_attention_kwargs=prompts
+            transformer, seed=seed, batch=batch, steps=18, dtype=torch.float64, joint_attention_kwargs=prompts
         )
 
     plain = run(0, 3)
     with h2cache.apply(transformer, never_hitting(config)):
         assert torch.equal(run(0, 3), plain)
-    with h2cache.apply(transformer, config) as handle, executions(transformer) as calls:
+    with h2cache.apply(transformer, config) as handle, attentions(transformer) as calls:
         together = run(0, 3)
-        assert is_mixed(handle) and any(0 < rows < 3 for call in calls for rows in call)
+        assert is_mixed(handle) and any(0 < rows < 3 for call in calls for rows in call) == measures(config)
         for sample in range(3):
             torch.testing.assert_close(together[sample], run(sample, 1)[0], rtol=1e-9, atol=1e-9)
 
@@ -186,18 +219,21 @@ OFFLOADS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-@before_or_after
-@pytest.mark.parametrize("offload", OFFLOADS.values(), ids=OFFLOADS)
-@every_method
-def test_offloading(config, offload, when, own_pipe):
-    prompts = ["a red stop sign", "a label"]
-    plain = picture(own_pipe, prompts)
-    expected = alone(own_pipe, config, prompts)
+WHENS = ("before", "after")
+OFFLOADED_WHEN = {f"{name}-{when}": (offload, when) for name, offload in OFFLOADS.items() for when in WHENS}
+
+
+@every_method_once("case", OFFLOADED_WHEN, most="sequential-after")
+def test_offloading(config, case, own_pipe):
+    offload, when = case
+    prompts, options = ["a red stop sign", "a label"], dict(steps=8)
+    plain = picture(own_pipe, prompts, **options)
+    expected = alone(own_pipe, config, prompts, **options)
     with cached(own_pipe, config, when, lambda: offload(own_pipe.transformer)) as handle:
         for _ in range(2):
-            assert torch.equal(picture(own_pipe, prompts), expected)
+            assert torch.equal(picture(own_pipe, prompts, **options), expected)
         assert is_mixed(handle)
-    assert torch.equal(picture(own_pipe, prompts), plain)
+    assert torch.equal(picture(own_pipe, prompts, **options), plain)
 
 
 class Stream:
@@ -249,30 +285,41 @@ def streams(monkeypatch):
     return attach
 
 
-def onloaded_blocks(model: nn.Module) -> list[int]:
+def onloaded_layers(model: nn.Module) -> list[int]:
+    """For each block the number of layers whose weights are there to compute."""
     return [
-        index
-        for index, block in enumerate(blocks_of(model))
-        if any(parameter.device != OFFLOADED for parameter in block.parameters())
+        sum(
+            any(weight.device != OFFLOADED for weight in layer._parameters.values() if weight is not None)
+            for layer in block.modules()
+        )
+        for block in blocks_of(model)
     ]
 
 
-@before_or_after
-@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
-@every_method
-def test_group_offloading_with_prefetch(config, offload_type, when, own_pipe, streams):
+PREFETCHED_WHEN = {f"{level}-{when}": (level, when) for level in ("block", "leaf") for when in WHENS}
+
+
+@every_method_once("case", PREFETCHED_WHEN, most="leaf-after")
+def test_group_offloading_with_prefetch(config, case, own_pipe, streams):
     """A skipped block is prefetched by the one before it and never comes to be offloaded; the block after the gap is
-    prefetched by nobody. The second must be noticed, and of the first no more than one a stage may stay."""
+    prefetched by nobody. The second must be noticed, and of the first no more than one a stage may stay. Where layers
+    come one by one and modules are skipped inside blocks, it is one layer of each block. The last step is a skipped one
+    for the methods with a schedule."""
+    level, when = case
     prompts, transformer = ["a red stop sign", "a label"], own_pipe.transformer
-    plain = picture(own_pipe, prompts)
-    expected = alone(own_pipe, config, prompts)
-    with cached(own_pipe, config, when, lambda: streams(transformer, offload_type)) as handle:
+    plain = picture(own_pipe, prompts, steps=13)
+    expected = alone(own_pipe, config, prompts, steps=13)
+    with cached(own_pipe, config, when, lambda: streams(transformer, f"{level}_level")) as handle:
         for _ in range(2):
-            assert torch.equal(picture(own_pipe, prompts), expected)
-            assert len(onloaded_blocks(transformer)) <= len(config.compose())
+            assert torch.equal(picture(own_pipe, prompts, steps=13), expected)
+            layers = onloaded_layers(transformer)
+            if level == "leaf" and skips_modules(config):
+                assert max(layers) == 1
+            else:
+                assert sum(number > 0 for number in layers) <= len(config.compose())
         assert is_mixed(handle)
-    assert torch.equal(picture(own_pipe, prompts), plain)
-    assert onloaded_blocks(transformer) == []
+    assert torch.equal(picture(own_pipe, prompts, steps=13), plain)
+    assert onloaded_layers(transformer) == [0] * 5
 
 
 # --- compiling ------------------------------------------------------------------------------------------------------
@@ -288,8 +335,16 @@ def graphs() -> int:
     return counter.frame_count
 
 
-@before_or_after
-@one_of_each
+# Compiling takes seconds. Methods that skip inside blocks compile nothing.
+COMPILED = [
+    pytest.param(method.values[0], when, id=f"{method.id}-{when}")
+    for methods, whens in ((KINDS[:1] + MODULES[-1:], ["before", "after"]), (METHODS[-1:] + EARLY, ["after"]))
+    for method in methods
+    for when in whens
+]
+
+
+@pytest.mark.parametrize(("config", "when"), COMPILED)
 def test_compiled_blocks(config, when, transformer, graphs):
     """The blocks are compiled and the decisions are not: the same images, and later steps compile nothing again."""
     requests = [dict(), dict(batch=3), dict(batch=3, seed=5), dict()]
@@ -304,6 +359,9 @@ def test_compiled_blocks(config, when, transformer, graphs):
             torch.testing.assert_close(denoise(transformer, steps=20, **request), latents, rtol=1e-4, atol=1e-4)
             counts.append(counter.frame_count)
         assert is_mixed(handle)
+    if skips_modules(config):
+        assert counts == [0] * 4, "compiled code would not stop at the modules"
+        return
     assert counts[0] == graphs, "as many as without the cache"
     assert counts[1] <= 2 * graphs, "and once more for any number of samples"
     assert counts[1] == counts[2] == counts[3]
@@ -312,9 +370,10 @@ def test_compiled_blocks(config, when, transformer, graphs):
 
 
 @before_or_after
-def test_blocks_compiled_one_by_one_in_their_list(when):
+@pytest.mark.parametrize("config", METHODS[-1:] + MODULES[-1:])
+def test_blocks_compiled_one_by_one_in_their_list(config, when):
     """`blocks[i] = torch.compile(blocks[i])` puts another module in the block's place."""
-    transformer, config = tiny_transformer(double=1, single=2), METHODS[-1].values[0]
+    transformer = tiny_transformer(double=1, single=2)
     with h2cache.apply(transformer, config):
         expected = denoise(transformer)
     torch._dynamo.reset()
@@ -339,7 +398,7 @@ def test_a_transformer_compiled_as_a_whole_is_refused(in_place, transformer):
         h2cache.apply(transformer if in_place else torch.compile(transformer, backend="eager"), METHODS[0].values[0])
 
 
-@one_of_each
+@pytest.mark.parametrize("config", KINDS)
 def test_a_block_that_was_replaced_after_apply(config, transformer):
     """A new block in the list is the model's block from then on: it is skipped with its stage, or refused out loud."""
     with h2cache.apply(transformer, config):
@@ -351,6 +410,26 @@ def test_a_block_that_was_replaced_after_apply(config, transformer):
         except (RuntimeError, ValueError):
             return
     assert torch.equal(latents, expected)
+
+
+@pytest.mark.parametrize("part", ["attn", "ff", "proj_mlp", "proj_out"])
+@pytest.mark.parametrize("config", MODULES)
+def test_a_module_that_was_replaced_after_apply(config, part, transformer):
+    """A new module inside a block is answered for from then on, as the one before was."""
+    blocks = [block for block in blocks_of(transformer) if hasattr(block, part)]
+    modules = [module for block in blocks for module in block.modules() if module is getattr(block, part)]
+    with h2cache.apply(transformer, config):
+        expected = denoise(transformer)
+        for block in blocks:
+            setattr(block, part, copy.deepcopy(getattr(block, part)))
+        for module in modules:
+            module.register_forward_pre_hook(lambda *_: pytest.fail("the one before is gone"))
+        calls = []
+        for block in blocks:
+            getattr(block, part).register_forward_pre_hook(lambda *_: calls.append(1))
+        assert torch.equal(denoise(transformer), expected)
+    if part != "ff" or not has_clusters(config):  # which runs for a few tokens
+        assert 0 < len(calls) < 12 * len(blocks), "it is left out where its block is skipped"
 
 
 # --- schedulers, gradients, hooks -----------------------------------------------------------------------------------
@@ -457,18 +536,27 @@ def test_gradient_checkpointing(config, transformer):
 
 @before_or_after
 @every_method
-def test_forward_hooks_see_the_computed_blocks(config, when, transformer):
-    seen = {index: 0 for index in range(5)}
+def test_forward_hooks_see_what_is_computed(config, when, transformer):
+    """Those on blocks, and of methods that skip inside blocks, those on what is skipped there."""
+    seen, inside = [0] * 5, [0] * 5
+
+    def count(numbers: list[int], index: int) -> Callable[..., None]:
+        return lambda *_: numbers.__setitem__(index, numbers[index] + 1)
 
     def register() -> None:
         for index, block in enumerate(blocks_of(transformer)):
-            block.register_forward_hook(lambda *_, index=index: seen.update({index: seen[index] + 1}))
+            block.register_forward_hook(count(seen, index))
+            block.attn.register_forward_hook(count(inside, index))
 
     with cached(transformer, config, when, register) as handle:
         denoise(transformer, steps=16)
         assert is_mixed(handle)
-        assert sum(seen.values()) == sum(row.blocks_computed for row in handle.trace)
-        assert seen[0] == 16 and 0 < seen[1] < 16
+    assert sum(inside) == sum(row.blocks_computed for row in handle.trace)
+    if skips_modules(config):
+        assert seen == [16] * 5 and 0 < inside[0] < 16
+    else:
+        assert seen == inside and 0 < seen[1] < 16
+        assert (seen[0] == 16) == runs_first_block(config)
 
 
 @every_method

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from conftest import METHODS, never_hitting
+from conftest import KINDS, METHODS, every_method_once, never_hitting, skips_modules
 from diffusers.hooks import HookRegistry
 from diffusers.hooks import ModelHook as DiffusersHook
 from loops import blocks_of, denoise, denoising
@@ -20,6 +20,7 @@ from tiny import tiny_transformer
 from torch import nn
 
 import h2cache
+from baselines import HiCacheConfig, TaylorSeerConfig
 
 every_method = pytest.mark.parametrize("config", METHODS)
 
@@ -32,8 +33,7 @@ REQUESTS = {
 }
 
 
-@pytest.mark.parametrize("request_", REQUESTS.values(), ids=REQUESTS)
-@every_method
+@every_method_once("request_", REQUESTS, most="plain")
 def test_never_hitting_changes_no_bit(config, request_, tiny_pipe):
     untouched = picture(tiny_pipe, **request_)
     with h2cache.apply(tiny_pipe, never_hitting(config)) as handle:
@@ -42,10 +42,10 @@ def test_never_hitting_changes_no_bit(config, request_, tiny_pipe):
     assert torch.equal(picture(tiny_pipe, **request_), untouched)  # and nothing of it stays
 
 
-@every_method
+@pytest.mark.parametrize("config", KINDS)
 def test_never_hitting_changes_no_bit_on_flux_mini(config, flux_mini):
     prompt = ["a red sign that says STOP", "a blue shirt"]
-    options = dict(steps=6, height=128, width=128, max_sequence_length=64)
+    options = dict(steps=5, height=128, width=128, max_sequence_length=64)
     untouched = picture(flux_mini, prompt, **options)
     with h2cache.apply(flux_mini, never_hitting(config)):
         assert torch.equal(picture(flux_mini, prompt, **options), untouched)
@@ -188,6 +188,23 @@ def test_applying_again_in_the_middle_of_a_run(config, transformer):
     after.remove()
 
 
+@pytest.mark.parametrize("config", [TaylorSeerConfig(interval=3), HiCacheConfig(interval=3, sigma="auto")])
+def test_another_granularity_leaves_nothing_of_the_one_before(config, transformer):
+    """Modules inside blocks are watched while a method skips them, and no longer."""
+    before, expected, watched = inside(transformer), {}, {}
+    for granularity in ("module", "stage"):
+        with h2cache.apply(transformer, config.updated(granularity=granularity)):
+            watched[granularity] = inside(transformer).keys()
+            expected[granularity] = denoise(transformer)
+    assert before.keys() < watched["stage"] < watched["module"]
+    with h2cache.apply(transformer, config) as handle:
+        for granularity in ("stage", "module", "stage", "module"):
+            handle.update(granularity=granularity)
+            assert torch.equal(denoise(transformer), expected[granularity])
+            assert inside(transformer).keys() == watched[granularity]
+    assert_same_inside(transformer, before)
+
+
 # --- among others that change a model -------------------------------------------------------------------------------
 
 
@@ -227,8 +244,10 @@ def take_off_compile(model: nn.Module, _: Any) -> None:
 
 
 def put_on_lora(model: nn.Module) -> None:
+    """On attention and on modules that a method may skip, which PEFT puts others in the place of."""
     torch.manual_seed(7)
-    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False), adapter_name="test")
+    targets = ["to_q", "to_k", "proj_mlp", "proj_out"]
+    model.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False), adapter_name="test")
 
 
 def take_off_lora(model: nn.Module, _: Any) -> None:
@@ -276,14 +295,17 @@ def anatomy(model: nn.Module) -> dict[tuple[str, str], Any]:
     }
 
 
+WEARS_MOST = next(method for method in KINDS if skips_modules(method.values[0]))
 CASES = [
     pytest.param(config.values[0], other, order, runs_between, id=f"{config.id}-{name}-{order_name}-{between}")
-    for config in METHODS[:1] + METHODS[-1:]
+    for config in KINDS
     for name, other in OTHERS.items()
     for order_name, order in ORDERS.items()
     for between, runs_between in {"runs-between": True, "no-runs-between": False}.items()
+    # All of them for the first method and for the one that wears the most.
+    if config in (KINDS[0], WEARS_MOST) or (runs_between and order_name == "apply-other-remove-other")
     # Compiling takes seconds and is never taken off: one method, two orders.
-    if name != "compile" or (config is METHODS[-1] and order_name.endswith("remove-other"))
+    if name != "compile" or (config is KINDS[0] and order_name.endswith("remove-other"))
 ]
 
 

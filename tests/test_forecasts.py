@@ -11,7 +11,7 @@ from scipy.special import eval_hermite
 
 import h2cache
 from h2cache import H2CacheConfig
-from h2cache.forecasts import Hermite, Taylor, add_forecast, advance_terms
+from h2cache.forecasts import Hermite, Taylor, advance_terms, extrapolate
 from h2cache.streams import Streams
 
 
@@ -26,7 +26,7 @@ def forecast(basis, computed_steps: list[int], feature, ahead: int) -> float:
     for step in computed_steps:
         terms = advance_terms(terms, streams(feature(step)), step - last, basis.order)
         last = step
-    return add_forecast(streams(0.0), terms, basis.coefficients(ahead)).hidden_states[0, 0, 0].item()
+    return extrapolate(terms, basis.coefficients(ahead), base=streams(0.0))[0][0, 0, 0].item()
 
 
 def test_reuse_is_the_last_residual():
@@ -66,7 +66,7 @@ def test_order_two_on_a_parabola():
     terms: list[Streams] = []
     for step in (0, 1, 2):
         terms = advance_terms(terms, streams(step**2), 1, order=2)
-    assert [term.hidden_states[0, 0, 0].item() for term in terms] == [4.0, 3.0, 2.0]
+    assert [term[0][0, 0, 0].item() for term in terms] == [4.0, 3.0, 2.0]
     assert forecast(Taylor(2), [0, 1, 2], lambda step: step**2, ahead=3) == 4 + 3 * 3 + 2 * 3**2 / 2
 
 
@@ -116,7 +116,7 @@ def test_order_ramps_up_with_history():
 def test_both_streams_are_forecast():
     terms = advance_terms([], streams(1.0, 10.0), 0, 1)
     terms = advance_terms(terms, streams(2.0, 30.0), 1, 1)
-    end = add_forecast(streams(100.0, 1000.0), terms, Taylor(1).coefficients(2))
+    end = Streams(*extrapolate(terms, Taylor(1).coefficients(2), base=streams(100.0, 1000.0)))
     assert end.hidden_states.unique().tolist() == [100 + 2 + 2 * 1]
     assert end.encoder_hidden_states.unique().tolist() == [1000 + 30 + 2 * 20]
 
@@ -125,7 +125,7 @@ def test_both_streams_are_forecast():
 def test_a_forecast_keeps_the_streams_dtype(dtype):
     one = Streams(torch.ones(1, 2, 2, dtype=dtype), torch.ones(1, 1, 2, dtype=dtype))
     terms = advance_terms(advance_terms([], one, 0, 1), one, 2, 1)
-    assert {part.dtype for part in add_forecast(one, terms, [1.0, 0.5])} == {dtype}
+    assert {part.dtype for part in extrapolate(terms, [1.0, 0.5], base=one)} == {dtype}
 
 
 FORECASTS = [

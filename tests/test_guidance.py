@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import METHODS
+from conftest import KINDS, METHODS, every_method_once, measures
 from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxKontextPipeline, FluxPipeline
-from pictures import alone, is_mixed, own_pipeline, picture
+from pictures import alone, is_mixed, own_pipeline, partial_steps, picture
 from torch import nn
 
 import h2cache
@@ -28,7 +28,7 @@ PIPELINES = {
     "inpaint": (FluxInpaintPipeline, dict(image=IMAGE, mask_image=MASK, strength=0.7, steps=16)),
     "kontext": (FluxKontextPipeline, dict(image=IMAGE, _auto_resize=False, max_area=64 * 64)),
 }
-every_pipeline = pytest.mark.parametrize(("kind", "options"), PIPELINES.values(), ids=PIPELINES)
+every_method_and_pipeline = every_method_once("pipeline", PIPELINES, most="image-to-image")
 
 GUIDED = dict(negative_prompt="blurry, out of focus, a blue label", true_cfg_scale=2.5)
 
@@ -64,9 +64,9 @@ def decisions(handle: h2cache.Handle, context: str) -> list[tuple]:
     return [(row.step, row.sample, row.stage, row.diff, row.decision) for row in handle.trace if row.context == context]
 
 
-@every_pipeline
-@every_method
-def test_branches_remember_apart(config, kind, options, tiny_pipe):
+@every_method_and_pipeline
+def test_branches_remember_apart(config, pipeline, tiny_pipe):
+    kind, options = pipeline
     with one_transformer_a_branch(tiny_pipe, kind, config) as (pipe, references):
         expected = picture(pipe, **options, **GUIDED)
     pipe = own_pipeline(tiny_pipe, kind)
@@ -77,12 +77,13 @@ def test_branches_remember_apart(config, kind, options, tiny_pipe):
     assert decisions(handle, "cond") == decisions(references[0], "cond")
     assert decisions(handle, "uncond") == decisions(references[1], "cond")  # alone, it is the first context of its run
     assert is_mixed(handle) and not torch.equal(plain, expected)
-    assert decisions(handle, "cond") != decisions(handle, "uncond"), "or the test would not see them mixed up"
+    alike = decisions(handle, "cond") == decisions(handle, "uncond")
+    assert alike != measures(config), "a schedule decides alike; else the test would not see branches mixed up"
 
 
-@every_pipeline
-@every_method
-def test_branches_remember_apart_in_a_batch(config, kind, options, tiny_pipe):
+@every_method_and_pipeline
+def test_branches_remember_apart_in_a_batch(config, pipeline, tiny_pipe):
+    kind, options = pipeline
     prompts = ["a red stop sign", "a blue shirt"]
     guided = GUIDED | {"negative_prompt": ["blurry", "an orange label"]}
     options = {
@@ -96,16 +97,31 @@ def test_branches_remember_apart_in_a_batch(config, kind, options, tiny_pipe):
     assert decisions(handle, "uncond") == decisions(references[1], "cond")
 
 
-@every_pipeline
-@every_method
-def test_guided_pictures_are_as_if_alone(config, kind, options, tiny_pipe):
+@every_method_and_pipeline
+def test_guided_pictures_are_as_if_alone(config, pipeline, tiny_pipe):
     """With guidance, without it, with other negatives, one after another."""
+    kind, options = pipeline
     pipe = own_pipeline(tiny_pipe, kind)
-    requests = [GUIDED, {}, GUIDED | {"negative_prompt": "a shirt"}, GUIDED | {"seed": 3}, {}, GUIDED]
+    requests = [GUIDED, {}, GUIDED | {"negative_prompt": "a shirt", "seed": 3}]
     expected = [alone(pipe, config, **options, **request) for request in requests]
     with h2cache.apply(pipe, config):
-        for request, image in zip(requests, expected, strict=True):
-            assert torch.equal(picture(pipe, **options, **request), image)
+        for number in (0, 1, 2, 1, 0):
+            assert torch.equal(picture(pipe, **options, **requests[number]), expected[number])
+
+
+@every_method
+def test_one_negative_prompt_for_a_batch(config, tiny_pipe):
+    """Pipelines then call the transformer with many images and one text, which the first block makes as many of."""
+    prompts = ["a red stop sign", "a blue shirt", "a label"]
+    options = dict(steps=16, true_cfg_scale=2.5)
+    with h2cache.apply(tiny_pipe, config) as handle:
+        each = picture(tiny_pipe, prompts, negative_prompt=["blurry"] * 3, **options)
+        one = picture(tiny_pipe, prompts, negative_prompt="blurry", **options)
+    torch.testing.assert_close(one, each, rtol=1e-5, atol=1e-5)
+    first, second = ([row[3:6] + row[8:] for row in handle.trace if row.run == run] for run in (0, 1))
+    assert first == second and is_mixed(handle)
+    unconditional = [row for row in handle.trace if row.context == "uncond"]
+    assert (partial_steps(unconditional) > 0) == measures(config), "or no image of a batch would be computed alone"
 
 
 @every_method
@@ -120,10 +136,10 @@ def test_a_negative_prompt_of_the_same_words(config, tiny_pipe):
     assert decisions(handle, "cond") == decisions(handle, "uncond") == single
 
 
-@every_pipeline
-@every_method
-def test_branches_with_the_very_same_embeddings(config, kind, options, tiny_pipe):
+@every_method_and_pipeline
+def test_branches_with_the_very_same_embeddings(config, pipeline, tiny_pipe):
     """As when only the image prompts of an IP-Adapter differ: the prompt does not tell the branches, the step does."""
+    kind, options = pipeline
     pipe = own_pipeline(tiny_pipe, kind)
     embeds, pooled, _ = pipe.encode_prompt("a red stop sign", None, max_sequence_length=24)
     given = dict(prompt_embeds=embeds, pooled_prompt_embeds=pooled)
@@ -138,9 +154,9 @@ def test_branches_with_the_very_same_embeddings(config, kind, options, tiny_pipe
         assert [row[:3] + row[4:] for row in decisions(handle, context)] == [row[:3] + row[4:] for row in single]
 
 
-@every_method
+@pytest.mark.parametrize("config", KINDS)
 def test_guidance_on_flux_mini(config, flux_mini):
-    options = dict(steps=6, height=128, width=128, max_sequence_length=64)
+    options = dict(steps=5, height=128, width=128, max_sequence_length=64)
     with one_transformer_a_branch(flux_mini, FluxPipeline, config) as (pipe, _):
         expected = picture(pipe, **options, **GUIDED)
     assert torch.equal(alone(flux_mini, config, **options, **GUIDED), expected)

@@ -7,20 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import METHODS
+from conftest import METHODS, measures
 from loops import denoise, denoising
 from pictures import hide_timesteps, is_mixed, own_pipeline, picture
 from tiny import tiny_transformer
 from torch import nn
 
 import h2cache
-from baselines import BlockCacheConfig
+from baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
 from h2cache import CacheConfig, H2CacheConfig, Handle
+from h2cache.stages import Stage
 from h2cache.trace import KEPT_RUNS
 
 every_method = pytest.mark.parametrize("config", METHODS)
 
-WIDTH = 32  # of the tiny transformer
+WIDTH, DOUBLE, SINGLE = 32, 2, 3  # of the tiny transformer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,23 +36,42 @@ def few_objects():
 def documented_bytes(config: CacheConfig, rows: list, image: int, text: int, dtype: torch.dtype) -> int:
     """What the docstrings of the configs promise, for one run: `rows` of its trace, `image` and `text` tokens.
 
-    Per sample, branch and stage: a residual (N, D) and (M, D) in the model's dtype, `order + 1` times when forecasting
-    (one more with every computed step until then), and the reference in float32, pooled where the method pools.
+    Per sample, branch and stage: features in the model's dtype, `order + 1` times when forecasting (one more with every
+    computed step at which differences are taken, until then), and the reference in float32, pooled where the method
+    pools. With clusters also a label (int64) for each token and the centroids (float32) of both streams.
     """
-    computed: dict[tuple, int] = {}
+    stages = {stage.name: stage for stage in config.compose()}
+    computed: dict[tuple, list[int]] = {}
     for row in rows:
-        place = row.context, row.sample, row.stage
-        computed[place] = computed.get(place, 0) + (not row.decision.skips)
+        steps = computed.setdefault((row.context, row.sample, row.stage), [])
+        if not row.decision.skips:
+            steps.append(row.step)
     total = 0
-    for (_, _, stage), times in computed.items():
-        order = 0 if getattr(config, "forecast", "reuse") == "reuse" else config.order
-        total += min(times, order + 1) * (image + text) * WIDTH * dtype.itemsize
-        tokens = image + text if stage == "detail" else image
-        target = {"structure": "pool1", "detail": "pool2"}.get(stage)
-        target = getattr(config, target) if target else None
-        stride = max(1, tokens // target) if target else 1
-        total += (tokens // stride) * (WIDTH // stride) * 4
+    for (_, _, name), steps in computed.items():
+        stage = stages[name]
+        differences = sum(step >= stage.forecast.first_difference for step in steps[1:])
+        terms = 1 + min(stage.forecast.order, differences)
+        total += terms * features(stage) * (image + text) * WIDTH * dtype.itemsize
+        total += reference_bytes(config, stage, image, text)
+        if stage.clusters is not None:
+            total += (image + text) * 8 + 2 * config.clusters * WIDTH * 4
     return total
+
+
+def features(stage: Stage) -> int:
+    """Tensors (N, D) and (M, D) at each order: a residual, or the outputs of attention and MLP in each block."""
+    of_modules = {"double": 2 * DOUBLE, "single": SINGLE}
+    return sum(of_modules[group] for group in stage.groups) if stage.modules else 1
+
+
+def reference_bytes(config: CacheConfig, stage: Stage, image: int, text: int) -> int:
+    if stage.probe is None:
+        return 0
+    tokens = image + text if stage.name == "detail" else image
+    target = {"structure": "pool1", "detail": "pool2"}.get(stage.name)
+    target = getattr(config, target) if target else None
+    stride = max(1, tokens // target) if target else 1
+    return (tokens // stride) * (WIDTH // stride) * 4
 
 
 def live_bytes() -> int:
@@ -90,6 +110,12 @@ def test_bytes_at_every_step(config, batch, dtype, transformer):
         H2CacheConfig(tau1=-1, tau2=-1, pool1=None, pool2=None, forecast="hermite", order=2),
         H2CacheConfig(tau1=1e9, tau2=1e9, max_consecutive_hits=2, forecast="taylor", order=2),
         BlockCacheConfig(threshold=1e9),
+        TeaCacheConfig(threshold=1e9, num_steps=12),
+        TaylorSeerConfig(interval=2, order=0, first_enhance=1),
+        TaylorSeerConfig(interval=2, order=3, first_enhance=1, granularity="stage"),
+        HiCacheConfig(interval=2, order=3, first_enhance=4),
+        HiCacheConfig(interval=2, sigma="auto"),
+        ClusCaConfig(interval=4, order=2, clusters=6, forecast="hermite"),
     ],
     ids=str,
 )
@@ -117,20 +143,23 @@ def test_bytes_of_both_branches_in_a_pipeline(config, tiny_pipe):
 
 @every_method
 def test_nothing_is_held_besides(config, transformer):
-    """The interpreter's own count of tensors grows by what the handle says, not by a byte more."""
+    """The interpreter's own count of tensors grows by what the handle says, not by a byte more.
+
+    After a step that skips or compares. After one that only computes, a forecast that fits itself has something to
+    learn from: (order + 2)^2 numbers a sample and stage."""
     plain, cached = denoising(transformer, batch=3, steps=14), denoising(transformer, batch=3, steps=14)
     with h2cache.apply(transformer, config) as handle:
         handle.remove()
         gc.collect()
         empty = live_bytes()
-        loop = [next(plain) for _ in range(9)][-1:]
+        loop = [next(plain) for _ in range(10)][-1:]
         of_loop = live_bytes() - empty
         plain.close()
         del loop
         gc.collect()
     with h2cache.apply(transformer, config) as handle:
         assert live_bytes() == empty
-        loop = [next(cached) for _ in range(9)][-1:]
+        loop = [next(cached) for _ in range(10)][-1:]
         assert live_bytes() - empty - of_loop == handle.held_bytes() > 0
         cached.close()
         del loop
@@ -138,13 +167,22 @@ def test_nothing_is_held_besides(config, transformer):
 
 
 def test_flux_dev_in_the_docstrings():
-    """The megabytes that the docstrings name, at 4096 image and 512 text tokens of width 3072, bfloat16."""
+    """The megabytes that the docstrings name, at 4096 image and 512 text tokens of width 3072, 19 double and 38 single
+    blocks, bfloat16."""
+
+    def said(config: type) -> str:
+        return " ".join(config.__doc__.split())
+
     residual = (4096 + 512) * 3072 * 2
     references = 2048 * 1536 * 4 + 384 * 256 * 4
-    said = " ".join(H2CacheConfig.__doc__.split())
-    assert f"{2 * residual / 1e6:.0f} MB, and {references / 1e6:.0f} MB of references" in said
-    said = " ".join(BlockCacheConfig.__doc__.split())
-    assert f"{residual / 1e6:.0f} MB and {4096 * 3072 * 4 / 1e6:.0f} MB" in said
+    input_ = 4096 * 3072 * 4
+    stages, modules = 2 * residual, (2 * 19 + 38) * residual
+    clusters = (4096 + 512) * 8 + 2 * 16 * 3072 * 4
+    assert f"{2 * residual / 1e6:.0f} MB, and {references / 1e6:.0f} MB of references" in said(H2CacheConfig)
+    assert f"{residual / 1e6:.0f} MB and {input_ / 1e6:.0f} MB" in said(BlockCacheConfig)
+    assert f"{residual / 1e6:.0f} MB and {input_ / 1e6:.0f} MB" in said(TeaCacheConfig)
+    assert f"order 1: {2 * stages / 1e6:.0f} MB, and {2 * modules / 1e9:.1f} GB" in said(TaylorSeerConfig)
+    assert f"order 1: {2 * modules / 1e9:.1f} GB and half a megabyte" in said(ClusCaConfig) and 0.4e6 < clusters < 0.6e6
 
 
 # --- after it -------------------------------------------------------------------------------------------------------
@@ -230,11 +268,16 @@ def test_removal_and_reset_free_a_run_in_progress(config, transformer):
 def where_timesteps_live(request, monkeypatch):
     if request.param == "device-timestep":
         hide_timesteps(monkeypatch)
+    return request.param
 
 
 @every_method
 def test_thirty_runs_do_not_grow(config, transformer, where_timesteps_live):
-    """Runs that end and runs that fail after their warm-up; tensors are counted, not estimated."""
+    """Runs that end and runs that fail after their warm-up; tensors are counted, not estimated.
+
+    Where a schedule is given its timesteps on an accelerator, nobody reads them. They stay there, one number a step, as
+    long as the record does."""
+    unread = where_timesteps_live == "device-timestep" and not measures(config)
 
     def session(runs: int) -> None:
         for number in range(runs):
@@ -246,11 +289,15 @@ def test_thirty_runs_do_not_grow(config, transformer, where_timesteps_live):
 
     with h2cache.apply(transformer, config) as handle:
         session(3)
+        handle.trace.clear()
         gc.collect()
         before = live_bytes()
         session(30)
         assert handle.held_bytes() == 0
         gc.collect()
+        if unread:
+            assert 0 < live_bytes() - before <= 30 * 13 * torch.float32.itemsize, "each loop's row of timesteps"
+            handle.trace.clear()
         assert live_bytes() == before
 
 

@@ -9,8 +9,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import METHODS
+from conftest import (
+    MEASURING,
+    METHODS,
+    SCHEDULED,
+    always_hitting,
+    has_clusters,
+    measures,
+    methods,
+    never_hitting,
+    runs_first_block,
+    warmup_steps,
+)
 from loops import denoise, position_ids
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -112,7 +124,7 @@ def test_the_counters_count(transformer):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("config", METHODS)
+@pytest.mark.parametrize("config", MEASURING)
 def test_one_wait_for_each_decided_stage_and_none_for_others(transformer, timesteps_elsewhere, config, batch):
     """A stage is decided in a call if one of its samples was compared there."""
     waits, handle = waits_by_step(transformer, config, batch=batch)
@@ -122,6 +134,27 @@ def test_one_wait_for_each_decided_stage_and_none_for_others(transformer, timest
         assert count <= len(decided), f"step {step}: {[str(row.decision) for row in rows]}"
     assert waits[0] == 0
     assert sum(waits) > 0
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("config", SCHEDULED)
+def test_a_schedule_waits_for_nothing(transformer, timesteps_elsewhere, config, batch):
+    """Only a forecast that fits itself reads, once a stage, what the last computed step had to teach: in the first step
+    that is skipped after it, and after the first computed step that it could have forecast (step 5 here, since the
+    first differences are those of step 2)."""
+    waits, handle = waits_by_step(transformer, config, batch=batch, steps=13)
+    assert any(row.decision.skips for row in handle.trace)
+    learning = [stage for stage in config.compose() if stage.fits]
+    assert waits == [len(learning) if step in (6, 9, 12) else 0 for step in range(13)]
+
+
+@pytest.mark.parametrize("config", METHODS)
+def test_what_always_computes_waits_no_more_than_for_its_probes(transformer, timesteps_elsewhere, config):
+    """A forecast that is never made need not learn."""
+    waits, _ = waits_by_step(transformer, never_hitting(config), steps=8)
+    probes = sum(stage.probe is not None for stage in config.compose())
+    first = warmup_steps(config)
+    assert waits == [0] * first + [probes] * (8 - first)
 
 
 def test_the_limit_of_hits_in_a_row_decides_without_a_wait(transformer, timesteps_elsewhere):
@@ -164,15 +197,15 @@ def test_timesteps_elsewhere_still_show_where_a_run_begins(transformer, timestep
 STEPS = 8
 
 
-def always_hitting(config: CacheConfig) -> CacheConfig:
-    names = ("tau1", "tau2") if isinstance(config, H2CacheConfig) else ("threshold",)
-    return config.updated(**dict.fromkeys(names, math.inf))
+def watched(config: CacheConfig, transformer: nn.Module) -> nn.Module:
+    """What the first probe of a method looks at: what leaves this module is what it compares."""
+    return transformer.transformer_blocks[0] if runs_first_block(config) else transformer.x_embedder
 
 
-def poisoned_run(transformer, config, poisoned, value, at, sample=0, batch=1):
-    """The outputs of `STEPS` calls on nearly the same inputs, and the handle; the image tokens that leave the block
-    `poisoned` are `value` at step `at` for one sample. Inputs are given anew at each step, so a later step is what the
-    cache makes of it."""
+def poisoned_run(transformer, config, poisoned, value, at, sample=0, batch=1, steps=STEPS):
+    """The outputs of calls on nearly the same inputs, and the handle; the image tokens that leave the module `poisoned`
+    are `value` at step `at` for one sample. Inputs are given anew at each step, so a later step is what the cache makes
+    of it."""
     state, outputs = {"step": 0}, []
 
     def begin(step, call):
@@ -184,10 +217,9 @@ def poisoned_run(transformer, config, poisoned, value, at, sample=0, batch=1):
     def poison(module, args, output):
         if state["step"] != at:
             return output
-        text, image = output
-        image = image.clone()
+        image = (output if torch.is_tensor(output) else output[1]).clone()
         image[sample] = value
-        return text, image
+        return image if torch.is_tensor(output) else (output[0], image)
 
     hooks = [
         poisoned.register_forward_hook(poison),
@@ -195,7 +227,7 @@ def poisoned_run(transformer, config, poisoned, value, at, sample=0, batch=1):
     ]
     try:
         with h2cache.apply(transformer, config) as handle:
-            denoise(transformer, steps=STEPS, batch=batch, before_step=begin)
+            denoise(transformer, steps=steps, batch=batch, before_step=begin)
     finally:
         for hook in hooks:
             hook.remove()
@@ -207,15 +239,15 @@ H2_METHODS = [method for method in METHODS if isinstance(method.values[0], H2Cac
 
 @pytest.mark.parametrize("at", [0, 1, 4])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("config", METHODS)
+@pytest.mark.parametrize("config", MEASURING)
 def test_a_first_stage_probe_that_is_no_number_computes_and_spoils_no_other_step(transformer, config, value, at):
-    """The first block's residual is not finite in one step. That step computes, and its image is lost; the next step
+    """The first probe is not finite in one step. That step computes, and its image is lost; the next step
     computes, since it has nothing sound to compare with; then hits go on. Warm-up steps (here the first, or the first
     two) compute anyway and are never read, and still must leave nothing behind."""
     config = always_hitting(config)
-    outputs, handle = poisoned_run(transformer, config, transformer.transformer_blocks[0], value, at)
+    outputs, handle = poisoned_run(transformer, config, watched(config, transformer), value, at)
     assert [output.isfinite().all().item() for output in outputs] == [step != at for step in range(STEPS)]
-    again = at + 1 + getattr(config, "warmup_steps", 1)
+    again = at + 1 + warmup_steps(config)
     for row in handle.trace:
         if row.step == at:
             assert not row.decision.skips
@@ -241,11 +273,40 @@ def test_a_detail_probe_that_is_no_number_spoils_no_other_step(transformer, conf
     assert all(row.diff is None or math.isfinite(row.diff) for row in detail if row.step != at)
 
 
+@pytest.mark.parametrize("at", [0, 1, 2, 4])
+@pytest.mark.parametrize("config", methods(lambda config: not measures(config) and not has_clusters(config)))
+def test_what_is_no_number_leaves_a_schedule_s_forecasts(transformer, config, at):
+    """A schedule looks at nothing, so it remembers what is not finite in a step that it computes, and forecasts from
+    it. Differences reach back over `order + 1` computed steps: so many of them later it is gone. (Clusters write
+    forecasts into what is remembered, so that theirs do not recover; it is a lost image, see below.)"""
+    outputs, handle = poisoned_run(transformer, config, transformer.x_embedder, math.nan, at, steps=20)
+    computed = [row.step for row in handle.trace if row.stage == config.compose()[0].name and not row.decision.skips]
+    assert not outputs[at].isfinite().all()
+    assert all(outputs[step].isfinite().all() for step in computed if step != at)
+    gone = [step for step in computed if step > at][config.order]
+    assert gone < 15 and all(output.isfinite().all() for output in outputs[gone:])
+
+
+@pytest.mark.parametrize("config", METHODS)
+def test_a_bad_run_leaves_the_next_one_alone(transformer, config):
+    with h2cache.apply(transformer, config):
+        expected = denoise(transformer)
+
+    def spoil(step, call):
+        if step == 2:
+            call["hidden_states"] = call["hidden_states"] * math.nan
+
+    with h2cache.apply(transformer, config):
+        assert denoise(transformer, before_step=spoil).isnan().all()
+        assert torch.equal(denoise(transformer), expected)
+
+
 @pytest.mark.parametrize("at", [0, 1, 4])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("config", METHODS)
 def test_one_bad_sample_leaves_the_others_alone(transformer, config, value, at):
-    config, first = always_hitting(config), transformer.transformer_blocks[0]
+    config = always_hitting(config)
+    first = watched(config, transformer)
     clean, unharmed = poisoned_run(transformer, config, first, value, at=None, batch=3)
     outputs, harmed = poisoned_run(transformer, config, first, value, at=at, sample=1, batch=3)
     for step in range(STEPS):

@@ -5,7 +5,7 @@ import math
 import pandas
 import pytest
 import torch
-from conftest import METHODS
+from conftest import METHODS, MODULES, STAGES, measures, runs_first_block
 from loops import denoise, denoising, executions
 
 import h2cache
@@ -79,23 +79,38 @@ def test_timesteps_are_in_the_model_s_unit(transformer):
 
 @pytest.mark.parametrize("config", METHODS)
 def test_diff_is_there_where_something_was_measured(transformer, config):
-    """Compared and found below the threshold, or not below; warm-up and forced steps measure nothing."""
+    """Compared and found below the threshold, or not below; warm-up, forced steps and schedules measure nothing."""
     with h2cache.apply(transformer, config) as handle:
         denoise(transformer, batch=2)
     for row in handle.trace:
-        assert (row.diff is None) == (row.decision in (Decision.WARMUP, Decision.FORCED))
-        if row.diff is not None:
+        measured = measures(config) and row.decision not in (Decision.WARMUP, Decision.FORCED)
+        assert (row.diff is not None) == measured
+        assert math.isnan(row.threshold) != measures(config)
+        last_of_teacache = not runs_first_block(config) and row.step == 11  # computes, whatever was measured
+        if measured and not last_of_teacache:
             assert row.decision == (Decision.HIT if row.diff < row.threshold else Decision.COMPUTE)
     frame = handle.trace.to_pandas()
-    assert (frame["diff"].isna() == frame["decision"].isin(["warmup", "forced"])).all()
+    assert frame["diff"].tolist() == pytest.approx(
+        [math.nan if r.diff is None else r.diff for r in handle.trace], nan_ok=True
+    )
 
 
-@pytest.mark.parametrize("config", METHODS)
+@pytest.mark.parametrize("config", STAGES)
 def test_blocks_computed_is_what_was_executed(transformer, config):
     with h2cache.apply(transformer, config) as handle, executions(transformer) as calls:
         denoise(transformer, batch=3)
     recorded = handle.trace.to_pandas().groupby("step")["blocks_computed"].sum().tolist()
-    assert recorded == [sum(blocks) for blocks in calls]
+    probes = 3 if measures(config) and not runs_first_block(config) else 0  # the first norm, once for each image
+    assert recorded == [sum(blocks) - probes for blocks in calls]
+
+
+@pytest.mark.parametrize("config", MODULES)
+def test_blocks_whose_modules_were_skipped_count_as_skipped(transformer, config):
+    """They ran, but their attention and MLPs, which are what costs, did not (tests/test_taylorseer.py)."""
+    with h2cache.apply(transformer, config) as handle:
+        denoise(transformer, batch=3)
+    for row in handle.trace:
+        assert row.blocks_computed == (0 if row.decision.skips else 5)
 
 
 def test_the_summary_by_hand(transformer):

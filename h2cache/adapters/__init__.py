@@ -7,10 +7,10 @@ never copies a forward. To support another transformer, write one and add it to 
 import torch
 
 from ..interception import is_compiled
-from .base import Adapter, Denoising
+from .base import Adapter, BlockModules, Denoising
 from .diffusers_flux import DiffusersFlux
 
-__all__ = ["Adapter", "Denoising", "find_adapter"]
+__all__ = ["Adapter", "BlockModules", "Denoising", "find_adapter"]
 
 ADAPTERS: tuple[Adapter, ...] = (DiffusersFlux(),)
 

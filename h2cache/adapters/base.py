@@ -26,6 +26,21 @@ class Denoising:
     adds_between_blocks: bool  # ControlNet samples, which are no part of a stage's residual
 
 
+@dataclass(frozen=True)
+class BlockModules:
+    """The modules inside a block that make up what it adds to the streams.
+
+    forecast: their outputs, before the gates, can be forecast (attention: one tensor or several; MLPs: one).
+    silenced: these only feed a forecast module; while it is skipped they need not run.
+    image_mlp, text_mlp: those of `forecast` that act on each token alone.
+    """
+
+    forecast: tuple[torch.nn.Module, ...]
+    silenced: tuple[torch.nn.Module, ...] = ()
+    image_mlp: torch.nn.Module | None = None
+    text_mlp: torch.nn.Module | None = None
+
+
 class Adapter(Protocol):
     """Knowledge of one transformer class."""
 
@@ -40,6 +55,9 @@ class Adapter(Protocol):
 
     def block_call(self, block: torch.nn.Module) -> BlockCall:
         """How `block` is called."""
+
+    def modules(self, block: torch.nn.Module) -> BlockModules:
+        """What can be skipped inside `block`."""
 
     def denoising(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> Denoising:
         """What a call of the model says about its run."""

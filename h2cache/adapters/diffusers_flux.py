@@ -4,8 +4,18 @@ from typing import Any
 
 import torch
 
-from ..streams import BlockCall, ConcatenatedCall, JointCall, parameter_names
-from .base import Denoising
+from ..streams import BlockCall, ConcatenatedCall, JointCall, parameter_names, plain
+from .base import BlockModules, Denoising
+
+
+def onload(block: torch.nn.Module) -> None:
+    """Bring the weights of a block that diffusers' group offloading keeps elsewhere to where the block runs."""
+    registry = getattr(block, "_diffusers_hook", None)
+    hook = registry.get_hook("group_offloading") if registry is not None else None
+    if hook is not None:
+        hook.group.onload_()
+        if hook.group.stream is not None:
+            hook.group.stream.synchronize()
 
 
 class DiffusersFlux:
@@ -24,8 +34,17 @@ class DiffusersFlux:
 
     def block_call(self, block: torch.nn.Module) -> BlockCall:
         # Single blocks take both streams in today's diffusers, and one concatenated tensor in older and quantized ones.
-        joint = "encoder_hidden_states" in parameter_names(block)
-        return JointCall(block) if joint else ConcatenatedCall(block)
+        call = JointCall if "encoder_hidden_states" in parameter_names(block) else ConcatenatedCall
+        return call(block, onload)
+
+    def modules(self, block: torch.nn.Module) -> BlockModules:
+        inside = plain(block)
+        if hasattr(inside, "ff_context"):
+            return BlockModules(
+                forecast=(inside.attn, inside.ff, inside.ff_context), image_mlp=inside.ff, text_mlp=inside.ff_context
+            )
+        # A single block projects attention and MLP together.
+        return BlockModules(forecast=(inside.proj_out,), silenced=(inside.attn, inside.proj_mlp))
 
     def denoising(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> Denoising:
         names = parameter_names(transformer) if args else ()

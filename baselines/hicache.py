@@ -1,0 +1,37 @@
+"""HiCache (arXiv 2508.16984): TaylorSeer's schedule, with scaled Hermite polynomials as the basis."""
+
+from dataclasses import dataclass
+
+from h2cache.forecasts import BackcastHermite, Forecast, Hermite, ScaledTaylor
+
+from .taylorseer import TaylorSeerConfig
+
+
+@dataclass(frozen=True)
+class HiCacheConfig(TaylorSeerConfig):
+    """TaylorSeer with another basis: what it says about schedule, granularity and memory holds here.
+
+    Fields beside TaylorSeer's:
+        sigma: scale of the basis in (0, 1); the paper's scripts use 0.5 to 0.7. "auto": of each image its own, the one
+            that would have forecast the last computed step best, once there is one to ask (before: 0.3); that takes one
+            read from the device for each computed step.
+        basis: "hermite", or "taylor" with the same dual scaling of its monomials (the paper's "Taylor-Scaled").
+    """
+
+    interval: int = 5
+    sigma: float | str = 0.5
+    basis: str = "hermite"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._one_of("basis", ("hermite", "taylor"))
+        if self.sigma != "auto":
+            self._fraction("sigma", or_else=' or "auto"')
+        elif self.basis != "hermite":
+            self._refuse("sigma", 'a number in (0, 1) with basis = "taylor"')
+
+    def _forecast(self) -> Forecast:
+        first = self.first_enhance - 1
+        if self.sigma == "auto":
+            return BackcastHermite(self.order, first_difference=first)
+        return {"hermite": Hermite, "taylor": ScaledTaylor}[self.basis](self.order, self.sigma, first)

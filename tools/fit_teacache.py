@@ -1,0 +1,280 @@
+"""Fits a model's TeaCache polynomial from uncached runs: `python -m tools.fit_teacache model=flux-mini`.
+
+TeaCache (arXiv 2411.19108) guesses how much the work of the blocks changes from one step to the next by a polynomial of
+how much their input does. Two neighbouring steps give one point of it, both relative L1 changes in float32:
+
+    x  of the modulated input of the first double-stream block, which is the first output of its first norm
+    y  of the residual that all blocks add to the image tokens: output of the last single-stream block minus input of
+       the first double-stream block
+
+x is what TeaCache probes and y is what it reuses. The paper speaks of the model's output; the authors cache the
+residual because that is alike from step to step (their answer in issue 19 of ali-vilab/TeaCache). As they do (issue 2)
+we fit to all pairs, even the last of a run, which TeaCache never asks about. They took degree 4; here it is the lowest
+whose error on prompts left out of the fit cannot be told from the least.
+
+The result is the model's file in configs/teacache: the polynomial, a threshold for it, and in comments how both were
+found. TeaCache extrapolates to changes beyond those seen; the comments say how far the polynomial stays positive.
+"""
+
+import platform
+import random
+import shlex
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import hydra
+import numpy as np
+import torch
+from diffusers import FluxPipeline
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from numpy.polynomial import Polynomial
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import track
+
+from eval.errors import UserError
+from eval.files import atomic_files, check_writable
+from eval.pipelines import ModelConfig, describe_machine, load_pipeline
+from h2cache.pfs import deviation, relative_l1
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+SPEEDUPS = (1.5, 2.0, 3.0)  # how many times fewer steps are computed at the thresholds that are proposed
+DEFAULT_SPEEDUP = 2.0
+THRESHOLDS = tuple(digits * 10.0**power for power in range(-5, 1) for digits in range(10, 100))  # two digits each
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The fields of configs/fit_teacache.yaml, checked."""
+
+    model: ModelConfig
+    prompts: int
+    prompts_file: Path | None
+    max_degree: int
+    seed: int
+    out: Path
+
+    def __post_init__(self) -> None:
+        for field, least in (("prompts", 2), ("max_degree", 1), ("seed", 0)):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise UserError(f"{field}={value} is not allowed: it must be a whole number from {least}")
+        steps = self.model.num_inference_steps
+        if steps < 3:
+            raise UserError(f"model.num_inference_steps={steps} is not allowed: with less than 3 nothing is decided")
+        if (self.prompts - 1) * (steps - 1) <= self.max_degree:
+            raise UserError(f"max_degree={self.max_degree} is too high for {self.prompts} prompts of {steps} steps")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A polynomial, highest power first, and the held-out error (root mean square) of degree 1, 2, ..."""
+
+    coefficients: tuple[float, ...]
+    errors: tuple[float, ...]
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="fit_teacache")
+def main(cfg: DictConfig) -> None:
+    composed = HydraConfig.get()
+    name = composed.runtime.choices["model"]
+    others = [override for override in composed.overrides.task if not override.startswith("model=")]
+    command = shlex.join(["python", "-m", "tools.fit_teacache", f"model={name}", *others])
+    try:
+        print(run(_settings(cfg, name), name, command), end="")
+    except UserError as error:
+        sys.exit(f"fit_teacache: error: {error}")
+
+
+def _settings(cfg: DictConfig, name: str) -> Settings:
+    prompts_file, out = (Path(path).expanduser() if path else None for path in (cfg.prompts_file, cfg.out))
+    try:
+        model = instantiate(cfg.model, _convert_="all")
+    except InstantiationException as error:
+        raise UserError(f"model={name}: {error.__cause__ or error}") from error
+    return Settings(
+        model, cfg.prompts, prompts_file, cfg.max_degree, cfg.seed, out or CONFIGS / f"teacache/{name}.yaml"
+    )
+
+
+def run(settings: Settings, name: str, command: str) -> str:
+    """Draw, fit and write `settings.out`; returns what was written."""
+    check_writable([settings.out])
+    prompts = _prompts(settings)
+    x, y = calibrate(load_pipeline(settings.model), prompts, settings.seed, settings.model.call_arguments)
+    fit = fit_polynomial(x, y, settings.max_degree)
+    source = settings.prompts_file.name if settings.prompts_file else f"scenes of flux-mini, seed {settings.seed}"
+    made = f"{len(prompts)} prompts ({source}), {x.shape[1] + 1} steps each, {describe_machine(settings.model)}"
+    text = render(name, command, made, x, y, fit)
+    with atomic_files([settings.out]) as (file,):
+        file.write_text(text, encoding="utf-8")
+    return text
+
+
+def _prompts(settings: Settings) -> list[str]:
+    if settings.prompts_file is None:
+        return scene_prompts(settings.prompts, settings.seed)
+    try:
+        lines = settings.prompts_file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"prompts_file={settings.prompts_file}: {error.strerror}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if len(prompts) < settings.prompts:
+        found = f"prompts_file={settings.prompts_file} has {len(prompts)} prompts"
+        raise UserError(f"{found}, one a line, not prompts={settings.prompts}")
+    return prompts[: settings.prompts]
+
+
+def scene_prompts(count: int, seed: int) -> list[str]:
+    """Captions of random scenes of flux-mini with words of its training, of which no evaluation asks for one."""
+    from tools.flux_mini.scenes import WORDS, caption, random_scene  # needs matplotlib, which prompts_file does not
+
+    rng = random.Random(f"teacache-{seed}")
+    return [caption(random_scene(rng, word=rng.choice(WORDS)), rng) for _ in range(count)]
+
+
+def calibrate(
+    pipe: FluxPipeline, prompts: Sequence[str], seed: int, call_arguments: dict[str, Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    """x and y, each (prompts, steps - 1), of one uncached image a prompt; image i has the noise of seed + i."""
+    traces = []
+    for i, prompt in enumerate(track(prompts, "drawing", console=Console(stderr=True), transient=True)):
+        with recorded(pipe.transformer) as trace:
+            noise = torch.Generator("cpu").manual_seed(seed + i)
+            pipe(prompt, generator=noise, output_type="latent", **call_arguments)
+        traces.append(trace)
+    x, y = np.moveaxis(np.array(traces), -1, 0)
+    return x, y
+
+
+@contextmanager
+def recorded(transformer: torch.nn.Module) -> Iterator[list[tuple[float, float]]]:
+    """Yields a list to which each call of a Flux transformer, after the first, appends its (x, y), of the whole batch.
+
+    The context is one run: the first call inside of it is compared with nothing.
+    """
+    trace, entered, features, previous = [], [], [], []
+
+    def after_norm(module: torch.nn.Module, args: tuple, output: tuple) -> None:
+        entered[:] = [args[0].float()]
+        features[:] = [output[0].float()]
+
+    def after_blocks(module: torch.nn.Module, args: tuple, output: tuple) -> None:
+        features.append(output[1].float() - entered.pop())
+        if previous:
+            pairs = zip(previous, features, strict=True)
+            trace.append(tuple(relative_l1([deviation(before, now).tolist()]) for before, now in pairs))
+        previous[:] = features
+
+    first, last = transformer.transformer_blocks[0], transformer.single_transformer_blocks[-1]
+    hooks = [first.norm1.register_forward_hook(after_norm), last.register_forward_hook(after_blocks)]
+    try:
+        yield trace
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def fit_polynomial(x: np.ndarray, y: np.ndarray, max_degree: int) -> Fit:
+    """The least-squares polynomial through all pairs, x and y (prompts, steps - 1), of the degree that held-out error
+    chooses: the lowest whose mean square is above the least by no more than the standard error of the difference.
+
+    A whole prompt is held out at a time; steps of one run are too alike to stand in for a new run. UserError if a
+    change is not finite, or if they are too few for `max_degree`.
+    """
+    for name, changes in (("input", x), ("residual", y)):
+        for prompt, step in np.argwhere(~np.isfinite(changes)):
+            raise UserError(
+                f"prompt {prompt}, steps {step} to {step + 1}: the change of the {name} is {changes[prompt, step]} and "
+                "cannot be fitted; look at that image, or try model.dtype=float32"
+            )
+    if (found := len(np.unique(x))) <= max_degree + 1:
+        raise UserError(f"max_degree={max_degree} is too high for {found} different changes of the input")
+    squares = np.array([held_out_squares(x, y, degree) for degree in range(1, max_degree + 1)])
+    excess = squares - squares[squares.mean(axis=1).argmin()]
+    close = excess.mean(axis=1) <= excess.std(axis=1, ddof=1) / np.sqrt(len(x))
+    return Fit(least_squares(x, y, 1 + int(close.argmax())), tuple(np.sqrt(squares.mean(axis=1)).tolist()))
+
+
+def held_out_squares(x: np.ndarray, y: np.ndarray, degree: int) -> np.ndarray:
+    """For each prompt the mean square of what a fit to the other prompts gets wrong, shape (prompts,)."""
+    errors = []
+    for i in range(len(x)):
+        coefficients = least_squares(np.delete(x, i, axis=0), np.delete(y, i, axis=0), degree)
+        errors.append(np.polyval(coefficients, x[i]) - y[i])
+    return np.square(errors).mean(axis=1)
+
+
+def least_squares(x: np.ndarray, y: np.ndarray, degree: int) -> tuple[float, ...]:
+    """Coefficients, highest power first, rounded to the nine digits that are written."""
+    powers = Polynomial.fit(x.ravel(), y.ravel(), degree).convert().coef  # from the well-conditioned domain [-1, 1]
+    return tuple(float(f"{c:.8e}") for c in np.pad(powers, (0, degree + 1 - len(powers)))[::-1])
+
+
+def computed_steps(rescaled: Sequence[float], threshold: float) -> int:
+    """How many steps TeaCache computes of a run whose rescaled changes p(x), from each step to the next, are given.
+
+    The first step and the last always; between them, those that bring the sum since the last computed one to
+    `threshold`.
+    """
+    computed, total = 2, 0.0
+    for change in rescaled[:-1]:  # the last is into the last step, which is not decided about
+        total += change
+        if total >= threshold:
+            computed, total = computed + 1, 0.0
+    return computed
+
+
+def choose_thresholds(x: np.ndarray, coefficients: Sequence[float]) -> dict[float, tuple[float, float]]:
+    """For each of SPEEDUPS the threshold of two digits that comes nearest, and how many times fewer steps it computes.
+
+    Simulated on uncached runs, x (prompts, steps - 1); a cached run's own changes differ a little.
+    """
+    rescaled = np.polyval(coefficients, x).tolist()
+    steps = x.size + len(x)
+    reached = {t: steps / sum(computed_steps(run, t) for run in rescaled) for t in THRESHOLDS}
+    chosen = {wanted: min(THRESHOLDS, key=lambda t: abs(np.log(reached[t] / wanted))) for wanted in SPEEDUPS}
+    return {wanted: (threshold, reached[threshold]) for wanted, threshold in chosen.items()}
+
+
+def render(name: str, command: str, made: str, x: np.ndarray, y: np.ndarray, fit: Fit) -> str:
+    """The model's file in configs/teacache."""
+    thresholds = choose_thresholds(x, fit.coefficients)
+    reached = [f"{speedup:.2f}x fewer at threshold {t:.2g}" for t, speedup in thresholds.values()]
+    errors = [f"{d}: {error:.4f} ({1 - error**2 / y.var():.3f})" for d, error in enumerate(fit.errors, start=1)]
+    low, high, end = positive_range(x, fit.coefficients)
+    libraries = ", ".join(f"{library} {version(library)}" for library in ("torch", "diffusers"))
+    paragraphs = (
+        f"The TeaCache polynomial of {name}, highest power first, with a threshold for it. Written by",
+        f"    {command}",
+        f"from {x.size} pairs of neighbouring steps: {made}, {libraries}, Python {platform.python_version()}.",
+        f"Changes seen: of the modulated input {x.min():.4f} to {x.max():.4f}, of the residual {y.min():.4f} to "
+        f"{y.max():.4f}. TeaCache extrapolates: from 0 to {end:.4f} the polynomial is positive between {low:.4f} and "
+        f"{high:.4f}, and a change that it makes negative counts against computing.",
+        f"Held-out error, root mean square (and share of the variance explained), by degree: {', '.join(errors)}.",
+        f"Steps computed, simulated on the same runs: {', '.join(reached)}.",
+    )
+    comment = "\n".join(textwrap.fill(p, 120, initial_indent="# ", subsequent_indent="# ") for p in paragraphs)
+    coefficients = "".join(f"  - {c:.8e}\n" for c in fit.coefficients)
+    return f"{comment}\nthreshold: {thresholds[DEFAULT_SPEEDUP][0]:.2g}\ncoefficients:\n{coefficients}"
+
+
+def positive_range(x: np.ndarray, coefficients: Sequence[float]) -> tuple[float, float, float]:
+    """(low, high, end): around the median of x the polynomial is positive from low to high, as far as 0 and end, which
+    is twice the largest x."""
+    end, middle = 2 * float(x.max()), float(np.median(x))
+    grid = np.linspace(0, end, 2001)
+    negative = grid[np.polyval(coefficients, grid) <= 0]
+    return max(negative[negative < middle], default=0.0), min(negative[negative >= middle], default=end), end
+
+
+if __name__ == "__main__":
+    main()
