@@ -19,11 +19,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints and logs")
     parser.add_argument("--folder", type=Path, default=Path("assets/flux-mini"))
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="of the training stages: cpu or cuda")
     options = parser.parse_args()
     for stage, settings in STAGES:
         arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
         command = [sys.executable, "-m", f"tools.flux_mini.{stage}", "--work", str(options.work), *arguments]
-        subprocess.run([*command, "--threads", str(options.threads)], check=True)
+        subprocess.run([*command, "--threads", str(options.threads), "--device", options.device], check=True)
     export(options.work, "distilled.pt", options.folder)
     write_card(options.work, options.folder)
 

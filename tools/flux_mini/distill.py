@@ -8,20 +8,19 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .latents import Pool
 from .training import Average, Log, advance, cosine, resume, save, set_rate, stage_options
-from .transformer import examples, load, noise_levels, optimizers
+from .transformer import attention, batch_at, compile_blocks, load, noise_levels, optimizers
 
 GUIDANCE_RANGE = (1.0, 5.0)
 
 
-def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int) -> None:
+def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int, device: torch.device) -> None:
     torch.manual_seed(seed)
     pool = Pool(work)
-    teacher = load(work / "transformer.pt").eval().requires_grad_(False)
-    student = load(work / "transformer.pt")
+    teacher = load(work / "transformer.pt").to(device).eval().requires_grad_(False)
+    student = load(work / "transformer.pt").to(device)
     student.t5.requires_grad_(False)
     student.clip.requires_grad_(False)
     trained = list(student.transformer.parameters())
@@ -29,22 +28,25 @@ def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int) -
     optims = optimizers(student.transformer, learning_rate)
     checkpoint = work / "distilled.pt"
     start = resume(checkpoint, model=student, average=average, optimizers=optims)
+    compile_blocks(teacher)
+    compile_blocks(student)
     log = Log(work / "distilled.csv", ("loss",), start)
     losses = []
     for step in range(start, steps):
         set_rate(optims, learning_rate * cosine(step, steps, warmup=20))
-        x0, prompts, generator = examples(pool, seed + 1, step, batch, dropout=0.0)
-        noise = torch.randn(x0.shape, generator=generator)
-        t = noise_levels(batch, generator)
+        examples = batch_at(pool, seed + 1, step, batch, dropout=0.0)
+        x0, prompts, generator = examples.latents.to(device), examples.prompts, examples.generator
+        noise = torch.randn(x0.shape, generator=generator).to(device)
+        t = noise_levels(batch, generator).to(device)
         low, high = GUIDANCE_RANGE
-        guidance = low + (high - low) * torch.rand(batch, generator=generator)
+        guidance = low + (high - low) * torch.rand(batch, generator=generator).to(device)
         x = torch.lerp(x0, noise, t[:, None, None])
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             with torch.no_grad():
                 states, pooled = teacher.encode(prompts)
                 empty = [part.expand(batch, *part.shape[1:]) for part in teacher.encode([""])]
-                conditional = teacher(x, t, torch.ones(batch), states, pooled).float()
-                unconditional = teacher(x, t, torch.ones(batch), *empty).float()
+                conditional = teacher(x, t, torch.ones_like(t), states, pooled).float()
+                unconditional = teacher(x, t, torch.ones_like(t), *empty).float()
                 target = torch.lerp(unconditional, conditional, guidance[:, None, None])
             velocity = student(x, t, guidance, states, pooled)
         loss = F.mse_loss(velocity.float(), target)
@@ -60,9 +62,9 @@ def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int) -
 
 
 def main() -> None:
-    options = stage_options(__doc__, steps=550, batch=32, learning_rate=5e-4)
-    with sdpa_kernel(SDPBackend.MATH):  # as in the stage before
-        train(options.work, options.steps, options.batch, options.learning_rate, options.seed)
+    options = stage_options(__doc__, steps=400, batch=32, learning_rate=5e-4)
+    with attention(options.device):
+        train(options.work, options.steps, options.batch, options.learning_rate, options.seed, options.device)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 STAGES: tuple[tuple[str, dict[str, int | float]], ...] = (
     ("vae", {"steps": 2850, "batch": 24}),
-    ("latents", {"count": 16_384}),
+    ("latents", {"count": 24_576}),
     ("decoder", {"steps": 1500, "batch": 16}),
-    ("transformer", {"steps": 2800, "batch": 48}),
-    ("distill", {"steps": 550, "batch": 32}),
+    ("transformer", {"steps": 8400, "batch": 48}),
+    ("distill", {"steps": 400, "batch": 32}),
 )
 COMMAND = "python -m tools.flux_mini --work build/flux-mini"

@@ -7,6 +7,7 @@ Everything random comes from the `random.Random` that the caller owns.
 import math
 import random
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -37,15 +38,16 @@ FONTS = {"bold": "DejaVuSans-Bold.ttf", "serif": "DejaVuSerif-Bold.ttf"}
 
 # Width and height (pixels of a 128 px image) that the word may take on each shape.
 WORD_BOX = {
-    "round sign": (82, 30),
-    "square sign": (84, 32),
-    "octagonal sign": (86, 32),
-    "diamond sign": (66, 26),
-    "label": (98, 34),
-    "jersey": (58, 28),
-    "badge": (72, 28),
-    "shopfront": (104, 28),
+    "round sign": (90, 32),
+    "square sign": (88, 34),
+    "octagonal sign": (94, 34),
+    "diamond sign": (84, 30),
+    "label": (102, 36),
+    "jersey": (78, 32),
+    "badge": (78, 30),
+    "shopfront": (108, 30),
 }
+LETTER_GRID = 4  # pixels of a cell of `letter_map`
 
 WORDS = tuple(
     """STOP EXIT OPEN CAFE BEACH HOTEL PARK SHOP TAXI BANK BAR PIZZA BOOKS MUSIC STATION TEAM CLUB LONDON PARIS ROMA
@@ -58,10 +60,13 @@ WORDS = tuple(
     HORSE TIGER LION EAGLE HAWK WOLF BEAR BULL DUKE BOSS ROCK JAZZ BLUES SOUL DISCO DANCE PARTY LUCKY HAPPY SMILE DREAM
     POWER SPEED TURBO RACE RALLY MOTOR CYCLE BIKE BOAT SHIP FERRY TRAIN TRAM METRO PLANE AIR CARGO POST MAIL""".split()
 )
-# Held out of training: what the evaluation asks for must have been spelled, not remembered.
+# Held out of training: what the evaluation asks for must have been spelled, not remembered. The last three lines stand
+# in pictures of CUTE80.
 HELD_OUT_WORDS = tuple(
-    """GATE CORNER PLAZA BAKERY GALAXY BALLYS CARP SEACREST ZONE FALCON VILLA TROPHY OASIS JUMBO KIOSK HERO WAX QUIZ
-    MAPLE BRAVO VISTA PEAK DOCK LOFT""".split()
+    """GATE CORNER PLAZA BAKERY GALAXY FALCON ZONE VILLA OASIS JUMBO KIOSK HERO WAX QUIZ MAPLE VISTA PEAK DOCK LOFT CARP
+    BALLYS SEACREST SEOUL TERRY NAVAL COBRA WIGAN BAKER KNIGHT TORRES
+    BURTON ESSIEN ARTETA KETCHUP DOLLARS
+    CHELSEA WALCOTT ARSENAL BALLACK SINGHS""".split()
 )
 
 
@@ -92,11 +97,11 @@ def legible(text: str, ground: str) -> bool:
 
 
 def random_word(rng: random.Random) -> str:
-    """A vocabulary word, or (half of the time) a random string of 2 to 6 letters, never a held-out word."""
-    if rng.random() < 0.5:
+    """A vocabulary word, or (more often) a random string of 2 to 8 letters, never a held-out word."""
+    if rng.random() < 0.4:
         return rng.choice(WORDS)
     while True:
-        word = "".join(rng.choices(string.ascii_uppercase, k=rng.randint(2, 6)))
+        word = "".join(rng.choices(string.ascii_uppercase, k=rng.randint(2, 8)))
         if word not in HELD_OUT_WORDS:
             return word
 
@@ -120,28 +125,42 @@ def random_scene(rng: random.Random, word: str | None = None) -> Scene:
     )
 
 
-def caption(scene: Scene, rng: random.Random) -> str:
-    """One of several phrasings; each tells shape, colours, word and layout."""
-    thing = f"{scene.shape_colour} {scene.shape}"
-    article = "an" if thing[0] in "aeiou" else "a"
-    letters = f"{scene.text_colour} {scene.font} letters"
+PHRASINGS = (
+    '{sign} that says "{word}" in {letters}{manner}, on {wall}',
+    '{sign} with the word "{word}"{manner} in {letters} on {wall}',
+    '"{word}" written{manner} in {letters} on {sign}, {wall}',
+    'a photo of {sign} on {wall}, the text reads "{word}" in {letters}{manner}',
+    '{sign} on {wall} with "{word}" written in {letters}{manner}',
+    'in {letters}{manner}, the word "{word}" on {sign}, {wall}',
+    'on {wall}, "{word}" in {letters}{manner} on {sign}',
+    'a photo on {wall}, {sign} with the text "{word}"{manner} in {letters}',
+)
+HELD_OUT_PHRASINGS = (
+    'on {wall}, {sign} that reads "{word}"{manner} in {letters}',
+    'the text "{word}" in {letters}{manner}, a photo of {sign} with {wall}',
+)
+
+
+def caption(scene: Scene, rng: random.Random, phrasings: Sequence[str] = PHRASINGS) -> str:
+    """The scene in one of `phrasings`; each tells shape, colours, word and (always when arched) layout."""
     wall = {
         "plain": f"{scene.wall_colour} background",
         "brick": f"{scene.wall_colour} brick wall",
         "striped": f"{scene.wall_colour} striped wall",
     }[scene.wall]
-    wall = ("an " if wall[0] in "aeiou" else "a ") + wall
-    manner = {"straight": "in a straight line", "arched": "in an arch"}[scene.layout]
+    manner = {"straight": " in a straight line", "arched": " in an arch"}[scene.layout]
     told = rng.random() < 0.7 or scene.layout == "arched"
-    spread = f" {manner}" if told else ""
-    return rng.choice(
-        (
-            f'{article} {thing} that says "{scene.word}" in {letters}{spread}, on {wall}',
-            f'{article} {thing} with the word "{scene.word}"{spread} in {letters} on {wall}',
-            f'"{scene.word}" written{spread} in {letters} on {article} {thing}, {wall}',
-            f'a photo of {article} {thing} on {wall}, the text reads "{scene.word}" in {letters}{spread}',
-        )
+    return rng.choice(phrasings).format(
+        sign=_with_article(f"{scene.shape_colour} {scene.shape}"),
+        word=scene.word,
+        letters=f"{scene.text_colour} {scene.font} letters",
+        manner=manner if told else "",
+        wall=_with_article(wall),
     )
+
+
+def _with_article(thing: str) -> str:
+    return ("an " if thing[0] in "aeiou" else "a ") + thing
 
 
 @cache
@@ -205,7 +224,7 @@ def _draw_shape(pen: ImageDraw.ImageDraw, scene: Scene, cx: float, cy: float, s:
         pen.ellipse(box(104, 104), fill=fill)
         pen.ellipse(box(92, 92), outline=edge, width=line)
     elif scene.shape == "jersey":
-        right = [(18, -50), (34, -44), (58, -16), (42, -4), (34, -14), (34, 54)]
+        right = [(18, -50), (42, -44), (62, -14), (50, -2), (42, -12), (42, 54)]
         pen.polygon(polygon(right + [(-x, y) for x, y in reversed(right)]), fill=fill)
         pen.ellipse(box(34, 18, -50), fill=COLOURS[scene.wall_colour])
     else:  # shopfront: a signboard above a window under a striped awning
@@ -217,40 +236,63 @@ def _draw_shape(pen: ImageDraw.ImageDraw, scene: Scene, cx: float, cy: float, s:
             pen.rectangle((left, cy - 14 * s, left + 18 * s, cy + 2 * s), fill=edge if k % 2 else fill)
 
 
-def _draw_word(image: Image.Image, scene: Scene, cx: float, cy: float, s: int) -> None:
+@dataclass(frozen=True)
+class Letter:
+    """Where one letter stands, in pixels of the drawing: its box's middle, its advance and the capitals' height, and
+    its turn clockwise in radians."""
+
+    character: str
+    x: float
+    y: float
+    width: float
+    height: float
+    angle: float
+
+
+def _typeset(scene: Scene, s: float) -> tuple[ImageFont.FreeTypeFont, list[Letter]]:
+    """The word's font and letters on a canvas of `SIZE * s` pixels."""
     width, height = WORD_BOX[scene.shape]
-    if scene.shape == "shopfront":
-        cy -= 34 * s
-    elif scene.shape == "jersey":
-        cy -= 4 * s
-    colour = COLOURS[scene.text_colour]
-    if scene.layout == "straight":
-        font = _fitted(scene.font, scene.word, width * s, height * s)
-        left, top, right, bottom = font.getbbox(scene.word)
-        place = cx - (left + right) / 2, cy - (top + bottom) / 2
-        ImageDraw.Draw(image).text(place, scene.word, font=font, fill=colour)
-        return
+    lift = {"shopfront": 34, "jersey": 4}.get(scene.shape, 0)
+    cx, cy = (SIZE / 2 + scene.shift[0]) * s, (SIZE / 2 + scene.shift[1] - lift) * s
+    arched = scene.layout == "arched"
+    if arched:
+        width, height = width * 0.94, height * 0.72
+    font = _fitted(scene.font, scene.word, width * s, height * s)
+    _, top, _, bottom = font.getbbox("H")
+    ends = [font.getlength(scene.word[:i]) for i in range(len(scene.word) + 1)]
+    total, half = ends[-1], (bottom - top) / 2
     # On an arch each letter is turned by its place on a circle whose centre lies below the word.
-    font = _fitted(scene.font, scene.word, width * s * 0.94, height * s * 0.72)
-    total = font.getlength(scene.word)
     radius = max(total / 1.5, 30 * s)
     rise = radius * (1 - math.cos(total / radius / 2))
+    letters = []
+    for character, left, right in zip(scene.word, ends, ends[1:], strict=False):
+        along = (left + right - total) / 2
+        angle = along / radius if arched else 0.0
+        x, y = cx + along, cy
+        if arched:
+            x = cx + radius * math.sin(angle)
+            y = cy + radius * (1 - math.cos(angle)) - rise / 2 + (half - half * math.cos(angle)) * 0.5
+        letters.append(Letter(character, x, y, right - left, 2 * half, angle))
+    return font, letters
+
+
+def _draw_word(image: Image.Image, scene: Scene, s: int) -> None:
+    font, letters = _typeset(scene, s)
+    colour = COLOURS[scene.text_colour]
     _, top, _, bottom = font.getbbox("H")
-    half = (bottom - top) / 2
-    walked = -total / 2
-    for letter in scene.word:
-        advance = font.getlength(letter)
-        angle = (walked + advance / 2) / radius
-        walked += advance
-        left, _, right, _ = font.getbbox(letter)
+    if scene.layout == "straight":
+        place = letters[0].x - letters[0].width / 2, letters[0].y - (top + bottom) / 2
+        ImageDraw.Draw(image).text(place, scene.word, font=font, fill=colour)
+        return
+    for letter in letters:
+        left, _, right, _ = font.getbbox(letter.character)
         pad = int(2 * max(right - left, bottom - top))
         tile = Image.new("L", (pad, pad), 0)
         place = pad / 2 - (left + right) / 2, pad / 2 - (top + bottom) / 2
-        ImageDraw.Draw(tile).text(place, letter, font=font, fill=255)
-        tile = tile.rotate(-math.degrees(angle), resample=Image.Resampling.BICUBIC)
-        x = cx + radius * math.sin(angle)
-        y = cy + radius * (1 - math.cos(angle)) - rise / 2 + (half - half * math.cos(angle)) * 0.5
-        image.paste(Image.new("RGB", tile.size, colour), (round(x - pad / 2), round(y - pad / 2)), tile)
+        ImageDraw.Draw(tile).text(place, letter.character, font=font, fill=255)
+        tile = tile.rotate(-math.degrees(letter.angle), resample=Image.Resampling.BICUBIC)
+        corner = round(letter.x - pad / 2), round(letter.y - pad / 2)
+        image.paste(Image.new("RGB", tile.size, colour), corner, tile)
 
 
 def draw(scene: Scene) -> Image.Image:
@@ -260,5 +302,22 @@ def draw(scene: Scene) -> Image.Image:
     _draw_wall(image, scene, s)
     cx, cy = (SIZE / 2 + scene.shift[0]) * s, (SIZE / 2 + scene.shift[1]) * s
     _draw_shape(ImageDraw.Draw(image), scene, cx, cy, s)
-    _draw_word(image, scene, cx, cy, s)
+    _draw_word(image, scene, s)
     return image.resize((SIZE, SIZE), Image.Resampling.BOX)
+
+
+def letter_boxes(scene: Scene) -> list[Letter]:
+    """Where each letter of the word stands, in pixels of the 128 px image."""
+    return _typeset(scene, 1)[1]
+
+
+def letter_map(scene: Scene) -> Image.Image:
+    """Which letter covers the middle of each 4x4 pixel cell: a 32x32 "L" image, 0 for none, 1 for A, ... 26 for Z."""
+    cells = Image.new("L", (SIZE, SIZE), 0)
+    pen = ImageDraw.Draw(cells)
+    for letter in letter_boxes(scene):
+        c, n = math.cos(letter.angle), math.sin(letter.angle)
+        corners = [(dx * letter.width / 2, dy * letter.height / 2) for dx, dy in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
+        outline = [(letter.x + x * c - y * n, letter.y + x * n + y * c) for x, y in corners]
+        pen.polygon(outline, fill=1 + string.ascii_uppercase.index(letter.character))
+    return cells.resize((SIZE // LETTER_GRID,) * 2, Image.Resampling.NEAREST)

@@ -90,18 +90,18 @@ def psnr(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[float, float]:
     return decibels(error), decibels(error[:, :, 44:84, 20:108])
 
 
-def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int) -> None:
+def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int, device: torch.device) -> None:
     torch.manual_seed(seed)
-    vae = build().to(memory_format=torch.channels_last)
+    vae = build().to(device, memory_format=torch.channels_last)
     optims = [torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)]
     checkpoint = work / "vae.pt"
     start = resume(checkpoint, model=vae, optimizers=optims)
-    validation = validation_pixels(seed)
+    validation = validation_pixels(seed).to(device)
     log = Log(work / "vae.csv", ("l1", "edge", "kl", "psnr", "psnr_letters"), start)
     for step in range(start, steps):
         set_rate(optims, learning_rate * cosine(step, steps))
-        pixels = crops(random.Random(f"{seed}-{step}"), batch).to(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        pixels = crops(random.Random(f"{seed}-{step}"), batch).to(device, memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16):
             l1, edge, kl = loss_terms(vae, pixels)
         (l1 + EDGE_WEIGHT * edge + KL_WEIGHT * kl).backward()
         advance(optims, vae.parameters())
@@ -114,13 +114,13 @@ def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int) -
 def load(work: Path) -> AutoencoderKL:
     """The trained autoencoder, in evaluation mode."""
     vae = build()
-    vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True)["model"])
+    vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True, map_location="cpu")["model"])
     return vae.eval().requires_grad_(False)
 
 
 def main() -> None:
     options = stage_options(__doc__, steps=2850, batch=24, learning_rate=1e-3)
-    train(options.work, options.steps, options.batch, options.learning_rate, options.seed)
+    train(options.work, options.steps, options.batch, options.learning_rate, options.seed, options.device)
 
 
 if __name__ == "__main__":
