@@ -29,6 +29,12 @@ class Stage:
     modules: bool = False
     clusters: Clusters | None = None
 
+    def __post_init__(self) -> None:
+        if self.modules and (self.probe is not None or self.parent is not None):
+            raise ValueError(f"stage {self.name!r}: only a rule that measures nothing decides about modules")
+        if self.clusters is not None and not self.modules:
+            raise ValueError(f"stage {self.name!r}: clusters refresh the forecasts of modules: set modules=True")
+
     @property
     def runs_first_block(self) -> bool:
         """Whether the first block runs at every step, because the probe needs what it returns."""

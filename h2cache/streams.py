@@ -78,10 +78,8 @@ class _FluxCall:
     def modulated(self, arguments: dict[str, Any], sample: int) -> Tensor:
         row = slice(sample, sample + 1)
         hidden_states, temb = arguments["hidden_states"][row], arguments["temb"][row]
-        norm = self.block.norm1
-        if any(weight.device != hidden_states.device for weight in norm.parameters()):
-            self.onload(self.block)  # offloaded with its block, which has not been called yet
-        return norm(hidden_states, emb=temb)[0]
+        self.onload(self.block)  # its norm may be offloaded with it, and it has not been called yet
+        return self.block.norm1(hidden_states, emb=temb)[0]
 
     def select(self, arguments: dict[str, Any], rows: Tensor, batch: int) -> dict[str, Any]:
         # By name: the rotary table (M+N, head_dim) has no batch dimension, though its length could equal the batch.

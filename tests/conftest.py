@@ -92,7 +92,6 @@ SCHEDULED = methods(lambda config: not measures(config))
 FIRST_BLOCK = methods(runs_first_block)
 EARLY = methods(lambda config: measures(config) and not runs_first_block(config))  # measures before any block runs
 MODULES = methods(skips_modules)
-STAGES = methods(lambda config: not skips_modules(config))
 # One method of each kind, where a test has more to vary than the method.
 KINDS = list({kind(method.values[0]): method for method in reversed(METHODS)}.values())[::-1]
 

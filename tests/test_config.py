@@ -10,6 +10,11 @@ from loops import denoise
 import h2cache
 from baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
 from h2cache import CacheConfig, H2CacheConfig
+from h2cache.clusters import Clusters
+from h2cache.decisions import Interval
+from h2cache.forecasts import Taylor
+from h2cache.probes import ModulatedInput
+from h2cache.stages import Stage
 
 THRESHOLD = "a number (relL1 below it is a hit; negative: never hit)"
 REFUSED = [
@@ -215,3 +220,13 @@ def test_apply_takes_a_pipeline_or_its_transformer(tiny_pipe):
         with h2cache.apply(target, BlockCacheConfig()) as handle:
             denoise(tiny_pipe.transformer, steps=2)
         assert len(handle.trace) == 2
+
+
+def test_a_stage_of_ones_own_is_told_what_does_not_go_together():
+    parts = dict(name="mine", groups=("double",), rule=Interval(3, 1), forecast=Taylor(1))
+    with pytest.raises(ValueError, match="stage 'mine': only a rule that measures nothing"):
+        Stage(**parts, modules=True, probe=ModulatedInput())
+    with pytest.raises(ValueError, match="stage 'mine': only a rule that measures nothing"):
+        Stage(**parts, modules=True, parent="structure")
+    with pytest.raises(ValueError, match="stage 'mine': clusters refresh the forecasts of modules"):
+        Stage(**parts, clusters=Clusters())

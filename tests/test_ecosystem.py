@@ -1,6 +1,7 @@
 """Rule 5: the cache works with what else people do to a Flux pipeline, put on before it or after it."""
 
 import copy
+import math
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -237,9 +238,14 @@ def test_offloading(config, case, own_pipe):
 
 
 class Stream:
-    """What group offloading needs of a CUDA stream."""
+    """What group offloading needs of a CUDA stream: copies that nobody waited for have not arrived."""
 
-    def synchronize(self) -> None: ...
+    def __init__(self) -> None:
+        self.under_way: list[Callable[[], Any]] = []
+
+    def synchronize(self) -> None:
+        while self.under_way:
+            self.under_way.pop()()
 
 
 OFFLOADED = torch.device("meta")
@@ -257,13 +263,25 @@ def streams(monkeypatch):
             self.weights = [(*owners[id(parameter)], parameter) for parameter in [*inner, *self.parameters]]
             self.apart = [owners[id(parameter)] for parameter in self.parameters]
         for module, name, parameter in self.weights:
-            away = nn.Parameter(torch.empty_like(parameter, device=OFFLOADED), requires_grad=False)
-            module._parameters[name] = away if offloaded else parameter
+            arrived = partial(module._parameters.__setitem__, name, parameter)
+            if offloaded:
+                module._parameters[name] = frozen(torch.empty_like(parameter, device=OFFLOADED))
+            elif self.stream is None or not self.non_blocking:
+                arrived()
+            else:
+                module._parameters[name] = frozen(torch.full_like(parameter, math.nan))
+                self.stream.under_way.append(arrived)
         self.parameters = [module._parameters[name] for module, name in self.apart]
 
+    def fetch(self: Any) -> None:
+        if self.stream is not None:
+            self.stream.synchronize()
+        place(self, offloaded=False)
+
+    frozen = partial(nn.Parameter, requires_grad=False)
     monkeypatch.setattr(group, "_init_cpu_param_dict", lambda self: {})
-    monkeypatch.setattr(group, "offload_", lambda self: place(self, True))
-    monkeypatch.setattr(group, "onload_", lambda self: place(self, False))
+    monkeypatch.setattr(group, "offload_", lambda self: place(self, offloaded=True))
+    monkeypatch.setattr(group, "onload_", fetch)
 
     def attach(model: nn.Module, offload_type: str) -> None:
         for module in model.modules():

@@ -97,7 +97,7 @@ def test_branches_remember_apart_in_a_batch(config, pipeline, tiny_pipe):
     assert decisions(handle, "uncond") == decisions(references[1], "cond")
 
 
-@every_method_and_pipeline
+@every_method_once("pipeline", {name: PIPELINES[name] for name in ("text-to-image", "kontext")}, most="text-to-image")
 def test_guided_pictures_are_as_if_alone(config, pipeline, tiny_pipe):
     """With guidance, without it, with other negatives, one after another."""
     kind, options = pipeline

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from conftest import FIRST_BLOCK, MEASURING, METHODS, measures, never_hitting, runs_first_block, skips_modules
+from conftest import EARLY, FIRST_BLOCK, MEASURING, METHODS, SCHEDULED, always_hitting, measures, never_hitting
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from loops import denoise, denoising, executions, position_ids
+from loops import attentions, denoise, denoising, position_ids
 from tiny import tiny_transformer
 
 import h2cache
@@ -31,7 +31,10 @@ def configs(draw, methods: list = METHODS) -> CacheConfig:
     config = draw(st.sampled_from([method.values[0] for method in methods]))
     if not measures(config):
         one_cluster = {"clusters": 1} if hasattr(config, "clusters") else {}  # however few tokens there are
-        return config.updated(interval=draw(st.integers(1, 4)), order=draw(st.integers(0, 2)), **one_cluster)
+        numbers = dict(
+            interval=draw(st.integers(1, 4)), order=draw(st.integers(0, 2)), first_enhance=draw(st.integers(1, 3))
+        )
+        return config.updated(**numbers, **one_cluster)
     if not isinstance(config, H2CacheConfig):
         return config.updated(threshold=draw(taus))
     pool = st.one_of(st.none(), st.integers(1, 20))
@@ -63,19 +66,43 @@ def test_a_threshold_that_never_hits_changes_no_bit(model, run, config):
 
 @given(run=runs, config=configs())
 def test_the_trace_tells_how_many_blocks_were_executed(model, run, config):
-    with h2cache.apply(model, config) as handle, executions(model) as calls:
+    with h2cache.apply(model, config) as handle, attentions(model) as calls:
         denoise(model, **run)
     executed = sum(sum(blocks) for blocks in calls)
     summary, images = handle.summary(), run["batch"] * run["steps"]
-    if skips_modules(config):
-        assert executed == images * 5, "blocks run, and it is their modules that are skipped"
-        return
-    if measures(config) and not runs_first_block(config):
-        executed -= images  # the first norm of the first block is the probe, once for each image
     assert executed == pytest.approx(summary["computed_fraction"] * images * 5)
     assert summary["max_speedup"] == pytest.approx(images * 5 / executed)
     if getattr(config, "stages", "both") == "both":
         assert executed == sum(row.blocks_computed for row in handle.trace)
+
+
+@given(run=runs, config=configs(SCHEDULED))
+def test_every_decision_follows_the_schedule(model, run, config):
+    """The first steps, then one step in `interval`, counted from the last computed one."""
+    with h2cache.apply(model, config) as handle:
+        denoise(model, **run)
+    for row in handle.trace:
+        after_the_first = row.step - config.first_enhance
+        if after_the_first < 0:
+            expected = Decision.WARMUP
+        else:
+            expected = Decision.COMPUTE if (after_the_first + 1) % config.interval == 0 else Decision.HIT
+        assert row.decision is expected and row.diff is None
+
+
+@given(run=runs, config=configs(EARLY))
+def test_every_decision_follows_the_sum(model, run, config):
+    """The first step, and the last one of three and more, compute; between them what has added up decides."""
+    with h2cache.apply(model, config) as handle:
+        denoise(model, **run)
+    for row in handle.trace:
+        if row.step == 0:
+            expected = Decision.WARMUP
+        elif row.step == run["steps"] - 1 >= 2:
+            expected = Decision.COMPUTE
+        else:
+            expected = Decision.HIT if row.diff < row.threshold else Decision.COMPUTE
+        assert row.decision is expected
 
 
 @given(run=runs, config=configs(FIRST_BLOCK))
@@ -132,17 +159,24 @@ def test_a_larger_threshold_hits_no_later(model, run, taus, method):
     assert first_hits[1] <= first_hits[0]
 
 
-@given(run=lone_images, config=configs(FIRST_BLOCK))
+@given(run=lone_images, config=configs(MEASURING))
 def test_zero_and_negative_thresholds_never_hit_and_infinity_always_does(model, run, config):
     names = ("tau1", "tau2") if isinstance(config, H2CacheConfig) else ("threshold",)
     for tau in (0.0, -0.5):
         with h2cache.apply(model, config.updated(**dict.fromkeys(names, tau))) as handle:
             denoise(model, **run)
         assert handle.summary()["computed_fraction"] == 1.0
-    with h2cache.apply(model, config.updated(**dict.fromkeys(names, math.inf))) as handle:
+    with h2cache.apply(model, always_hitting(config)) as handle:
         denoise(model, **run)
     limited = getattr(config, "max_consecutive_hits", None) is not None
     assert all(row.decision is not Decision.COMPUTE for row in handle.trace) or limited
+
+
+@given(run=lone_images, config=configs(SCHEDULED))
+def test_a_schedule_without_end_computes_its_first_steps_only(model, run, config):
+    with h2cache.apply(model, always_hitting(config)) as handle:
+        denoise(model, **run)
+    assert all(row.decision.skips == (row.step >= config.first_enhance) for row in handle.trace)
 
 
 class Abort(Exception):

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import h2cache
-from baselines import BlockCacheConfig
+from baselines import BlockCacheConfig, HiCacheConfig
 from h2cache import CacheConfig, Decision, H2CacheConfig
 from h2cache.adapters.diffusers_flux import DiffusersFlux
 
@@ -137,7 +137,7 @@ def test_one_wait_for_each_decided_stage_and_none_for_others(transformer, timest
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("config", SCHEDULED)
+@pytest.mark.parametrize("config", [*SCHEDULED, HiCacheConfig(interval=3, sigma="auto")])
 def test_a_schedule_waits_for_nothing(transformer, timesteps_elsewhere, config, batch):
     """Only a forecast that fits itself reads, once a stage, what the last computed step had to teach: in the first step
     that is skipped after it, and after the first computed step that it could have forecast (step 5 here, since the

@@ -5,8 +5,8 @@ import math
 import pandas
 import pytest
 import torch
-from conftest import METHODS, MODULES, STAGES, measures, runs_first_block
-from loops import denoise, denoising, executions
+from conftest import METHODS, measures, runs_first_block
+from loops import attentions, denoise, denoising, executions
 
 import h2cache
 from baselines import BlockCacheConfig
@@ -95,22 +95,13 @@ def test_diff_is_there_where_something_was_measured(transformer, config):
     )
 
 
-@pytest.mark.parametrize("config", STAGES)
-def test_blocks_computed_is_what_was_executed(transformer, config):
-    with h2cache.apply(transformer, config) as handle, executions(transformer) as calls:
+@pytest.mark.parametrize("config", METHODS)
+def test_blocks_computed_is_what_was_computed(transformer, config):
+    """Where a method skips inside blocks their norms run throughout, but attention and MLPs are what costs."""
+    with h2cache.apply(transformer, config) as handle, attentions(transformer) as calls:
         denoise(transformer, batch=3)
     recorded = handle.trace.to_pandas().groupby("step")["blocks_computed"].sum().tolist()
-    probes = 3 if measures(config) and not runs_first_block(config) else 0  # the first norm, once for each image
-    assert recorded == [sum(blocks) - probes for blocks in calls]
-
-
-@pytest.mark.parametrize("config", MODULES)
-def test_blocks_whose_modules_were_skipped_count_as_skipped(transformer, config):
-    """They ran, but their attention and MLPs, which are what costs, did not (tests/test_taylorseer.py)."""
-    with h2cache.apply(transformer, config) as handle:
-        denoise(transformer, batch=3)
-    for row in handle.trace:
-        assert row.blocks_computed == (0 if row.decision.skips else 5)
+    assert recorded == [sum(blocks) for blocks in calls]
 
 
 def test_the_summary_by_hand(transformer):

@@ -9,13 +9,19 @@ from .base import BlockModules, Denoising
 
 
 def onload(block: torch.nn.Module) -> None:
-    """Bring the weights of a block that diffusers' group offloading keeps elsewhere to where the block runs."""
+    """Have the weights of a block that diffusers' group offloading keeps elsewhere where the block runs.
+
+    Those that a stream prefetches are waited for: till then they look as if they were there.
+    """
     registry = getattr(block, "_diffusers_hook", None)
     hook = registry.get_hook("group_offloading") if registry is not None else None
-    if hook is not None:
-        hook.group.onload_()
-        if hook.group.stream is not None:
-            hook.group.stream.synchronize()
+    if hook is None:
+        return
+    group = hook.group
+    if any(weight.device == group.offload_device for weight in block.parameters()):
+        group.onload_()
+    if group.stream is not None:
+        group.stream.synchronize()
 
 
 class DiffusersFlux:
