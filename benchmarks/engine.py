@@ -19,7 +19,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 import h2cache
-from baselines import BlockCacheConfig
+from baselines import BlockCacheConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
 from h2cache import CacheConfig, H2CacheConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,14 +112,20 @@ def main() -> None:
         for name, config in (
             ("H2-Cache", H2CacheConfig(tau1=never, tau2=never)),
             ("Block Cache", BlockCacheConfig(threshold=never)),
+            ("TeaCache", TeaCacheConfig(threshold=never)),
+            ("TaylorSeer, stages", TaylorSeerConfig(interval=1, granularity="stage")),
+            ("TaylorSeer, modules", TaylorSeerConfig(interval=1)),
         ):
             rows.append((f"{name}, never hits", "plain transformer", *never_hit(transformer, config, options.repeats)))
         for name, config, blocks in (
             ("H2-Cache", H2CacheConfig(tau1=always, tau2=always), (1, 1)),
             ("Block Cache", BlockCacheConfig(threshold=always), (1, 0)),
+            ("TeaCache", TeaCacheConfig(threshold=always), (0, 0)),
+            ("HiCache, stages", HiCacheConfig(interval=10**9, granularity="stage"), (0, 0)),
         ):
             medians = all_hit(transformer, config, blocks, options.repeats)
-            rows.append((f"{name}, all hits", f"first {sum(blocks)} block(s) and head", *medians))
+            mandatory = f"first {sum(blocks)} block(s), embedders and head" if sum(blocks) else "embedders and head"
+            rows.append((f"{name}, all hits", mandatory, *medians))
     lines = [
         f"`python -m benchmarks.engine --repeats {options.repeats} --threads {options.threads}`: "
         f"{platform.machine()} CPU, torch {torch.__version__}, float32, {IMAGE_SIDE**2} + {TEXT_TOKENS} tokens, "

@@ -1,0 +1,69 @@
+"""What a method would hold at FLUX.1-dev, 1024x1024, bfloat16: counted in the tensors that the engine really keeps.
+
+The full-size transformer runs on the meta device, where tensors have shapes and no data, until the method's memory is
+full. Nothing can be compared there, so a method with a probe makes its first step only, which fills its memory if it
+reuses.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from diffusers import FluxTransformer2DModel
+
+import h2cache
+from h2cache import CacheConfig
+
+IMAGE_TOKENS, TEXT_TOKENS = 4096, 512
+
+
+def flux1_dev() -> FluxTransformer2DModel:
+    """The 12 billion parameters of FLUX.1-dev, without data."""
+    with torch.device("meta"):
+        return FluxTransformer2DModel(guidance_embeds=True).to(torch.bfloat16).eval()
+
+
+def held_bytes(transformer: FluxTransformer2DModel, config: CacheConfig, image: int, text: int) -> int:
+    """The most bytes that `config` holds for one image and guidance branch of so many tokens.
+
+    `transformer` is on the meta device. ValueError for a method that extrapolates and measures.
+    """
+    stages = config.compose()
+    measures = any(stage.probe is not None for stage in stages)
+    order = max(stage.forecast.order for stage in stages)
+    if measures and order > 0:
+        raise ValueError(f"{config}: a method that compares and extrapolates cannot be followed without data")
+    most, steps = 0, calls(transformer, image, text)
+    with h2cache.apply(transformer, config) as handle:
+        while handle.summary()["steps"] == 0 or (not measures and _computed(handle) < 3 + order):
+            next(steps)
+            most = max(most, handle.held_bytes())
+    return most
+
+
+@torch.no_grad()
+def calls(transformer: FluxTransformer2DModel, image: int, text: int) -> Iterator[None]:
+    """The calls of one endless run on the meta device."""
+    config = transformer.config
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=transformer.dtype, device="meta")
+
+    img_ids, txt_ids = (torch.empty(tokens, 3, device="meta") for tokens in (image, text))
+    prompt, pooled = empty(1, text, config.joint_attention_dim), empty(1, config.pooled_projection_dim)
+    while True:
+        transformer(
+            hidden_states=empty(1, image, config.in_channels),
+            encoder_hidden_states=prompt,
+            pooled_projections=pooled,
+            timestep=empty(1),
+            img_ids=img_ids,
+            txt_ids=txt_ids,
+            guidance=empty(1),
+        )
+        yield
+
+
+def _computed(handle: h2cache.Handle) -> int:
+    """Steps so far that computed the last stage: differences of order k need k + 1 of them."""
+    last = list(handle.summary()["stages"].values())[-1]
+    return last["warmup"] + last["compute"]
