@@ -12,9 +12,9 @@ class HiCacheConfig(TaylorSeerConfig):
     """TaylorSeer with another basis: what it says about schedule, granularity and memory holds here.
 
     Fields beside TaylorSeer's:
-        sigma: scale of the basis in (0, 1); the paper's scripts use 0.5 to 0.7. "auto": of each image its own, the one
-            that would have forecast the last computed step best, once there is one to ask (before: 0.3); that takes one
-            read from the device for each computed step.
+        sigma: scale of the basis in (0, 1); the paper's scripts use 0.5 to 0.7. "auto": of each image its own, from how
+            well its last computed step could have been forecast (before there is one to ask: 0.5); that takes one read
+            from the device for each computed step.
         basis: "hermite", or "taylor" with the same dual scaling of its monomials (the paper's "Taylor-Scaled").
     """
 

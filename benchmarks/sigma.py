@@ -31,7 +31,7 @@ from .methods import write_between
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERVALS, ORDERS = (3, 4, 5, 6, 7), (1, 2)
-SIGMAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+SIGMAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
 
 @dataclass(frozen=True)

@@ -83,23 +83,23 @@ class Hermite:
 
 @dataclass(frozen=True)
 class BackcastHermite(Hermite):
-    """Scaled Hermite with the sigma that would have forecast the newest computed features best, in least squares.
+    """Scaled Hermite whose sigma the run itself chooses, at each computed step; until then it is `sigma`.
 
-    The paper gives no rule for sigma; this one asks the run itself, at each computed step, with the differences that
-    were there before. `sigma` serves until there is something to ask: in the first interval features change fastest,
-    and the differences are from single steps, so that it must be small. docs/methods.md has the measurements.
+    The sigma that would have forecast the newest computed features best, in least squares with the differences that
+    were there before, is right for a whole interval ahead. Most forecasts are made nearer by, where a difference still
+    tells more: the geometric mean with sqrt(1/2), at which order 1 carries a difference on unchanged, is used. The
+    paper gives no rule; docs/methods.md has the measurements.
     """
 
-    sigma: float = 0.3
-
     def fitted(self, products: list[list[float]], x: int) -> Forecast:
-        def error(candidate: Hermite) -> float:
-            weights = [1.0, *(-c for c in candidate.coefficients(x))]
+        def error(sigma: float) -> float:
+            weights = [1.0, *(-c for c in Hermite(self.order, sigma).coefficients(x))]
             return sum(a * b * products[i][j] for i, a in enumerate(weights) for j, b in enumerate(weights))
 
-        candidates = [Hermite(self.order, percent / 100, self.first_difference) for percent in range(1, 100)]
-        best = min(candidates, key=error)
-        return best if math.isfinite(error(best)) else self
+        best = min((percent / 100 for percent in range(1, 100)), key=error)
+        if not math.isfinite(error(best)):
+            return self
+        return Hermite(self.order, math.sqrt(best * math.sqrt(0.5)), self.first_difference)
 
 
 def inner_products(vectors: Sequence[Features]) -> Tensor:

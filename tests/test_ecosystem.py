@@ -221,7 +221,8 @@ OFFLOADS: dict[str, Callable[[nn.Module], Any]] = {
 
 
 WHENS = ("before", "after")
-OFFLOADED_WHEN = {f"{name}-{when}": (offload, when) for name, offload in OFFLOADS.items() for when in WHENS}
+OFFLOADED_WHEN = {f"{name}-after": (offload, "after") for name, offload in OFFLOADS.items()}
+OFFLOADED_WHEN |= {f"{name}-before": (OFFLOADS[name], "before") for name in ("model", "sequential")}
 
 
 @every_method_once("case", OFFLOADED_WHEN, most="sequential-after")
