@@ -195,7 +195,8 @@ class ByHand:
         takes_differences = self.step >= getattr(self.config, "first_enhance", 1) - 1
         order = self.config.order if self.basis != "reuse" and takes_differences else 0
         if getattr(self.config, "sigma", None) == "auto" and len(known) == self.config.order + 1:
-            self.sigmas[name] = min((k / 100 for k in range(1, 100)), key=lambda s: self.miss(name, features, s))
+            best = min((k / 100 for k in range(1, 100)), key=lambda s: self.miss(name, features, s))
+            self.sigmas[name] = math.sqrt(best * math.sqrt(0.5))
         for old in known[:order]:
             distance = self.step - self.computed[name]
             fresh.append(tuple((new - last) / distance for new, last in zip(fresh[-1], old, strict=True)))
