@@ -10,7 +10,7 @@ import torch
 from .call import Call, Place
 from .decisions import Decision
 from .memory import Runs
-from .pfs import deviation, relative_l1
+from .pfs import relative_l1
 from .probes import Glimpse
 from .streams import Streams
 from .trace import Row, Trace
@@ -37,18 +37,20 @@ class Judge:
             stage.rule.without_measuring(memory, step, parent is not None and parent.decisions[sample].skips)
             for sample, memory in enumerate(memories)
         ]
-        probes = [None] * batch
+        undecided = [sample for sample, decision in enumerate(decisions) if decision is None]
+        probes, deviations = [None] * batch, [None] * batch
         if stage.probe is not None:
             for sample, decision in enumerate(decisions):
                 if decision is not Decision.FORCED:
                     seen_after = None if after is None else after.row(sample)
                     modulated = partial(place.call.modulated, arguments, sample)
-                    probes[sample] = stage.probe(Glimpse(before.row(sample), seen_after, modulated))
-        undecided = [sample for sample, decision in enumerate(decisions) if decision is None]
+                    reference = memories[sample].reference if decision is None else None
+                    probes[sample], deviations[sample] = stage.probe(
+                        Glimpse(before.row(sample), seen_after, modulated), reference
+                    )
         compared: dict[int, list[float]] = {}
         if undecided:
-            deviations = [deviation(memories[sample].reference, probes[sample]) for sample in undecided]
-            measured, stale = self._read(call, deviations)
+            measured, stale = self._read(call, [deviations[sample] for sample in undecided])
             if stale:
                 return self.decide(call, place, arguments, before, after)
             # What was read may have shown that a reference was not finite, and made its memory forget it.

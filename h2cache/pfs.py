@@ -1,29 +1,71 @@
 """Pooled feature summarization (arXiv 2510.27171, PFS) and the metric that every threshold method compares."""
 
+from collections.abc import Callable, Sequence
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def strides(tokens: int, channels: int, target: int | None) -> tuple[int, int]:
+    """The tokens and the channels that one value of the thumbnail stands for.
+
+    Both are `max(1, tokens // target)`; the second never exceeds the channels, so that no input, however narrow, pools
+    to nothing. `target=None` does not pool.
+    """
+    stride = 1 if target is None else max(1, tokens // target)
+    return stride, min(stride, channels)
 
 
 def summarize(features: Tensor, target: int | None) -> Tensor:
     """A thumbnail of token features, in float32.
 
     The (B, tokens, channels) tensor is seen as a one-channel image and average-pooled with a square kernel and equal
-    stride `s = max(1, tokens // target)`, floor mode, which gives (B, tokens // s, channels // s). `target=None` does
-    not pool. The kernel never exceeds the channels, so that no input, however narrow, pools to nothing.
+    stride s (`strides`), floor mode, which gives (B, tokens // s, channels // s).
     """
     features = features.float()
-    if target is None:
-        return features
-    stride = max(1, features.shape[1] // target)
-    if stride == 1:
-        return features
-    return F.avg_pool2d(features.unsqueeze(1), (stride, min(stride, features.shape[2]))).squeeze(1)
+    kernel = strides(*features.shape[1:], target)
+    return features if kernel == (1, 1) else F.avg_pool2d(features.unsqueeze(1), kernel).squeeze(1)
 
 
 def deviation(reference: Tensor, current: Tensor) -> Tensor:
     """`[mean|reference - current|, mean|reference|]`, shape (2,), on the device; relL1 is their quotient."""
     return torch.stack([(reference - current).abs().mean(), reference.abs().mean()])
+
+
+def observe(
+    after: Sequence[Tensor], before: Sequence[Tensor] | None, target: int | None, reference: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The thumbnail of one sample's features, and its deviation from `reference` (None: from nothing).
+
+    `after` are the parts of the token sequence in order, each (1, tokens, D); with `before`, of the same shapes, it is
+    what was added to these that is summarized. On CUDA one fused pass does it all (`fused.py`).
+    """
+    fused = _fused() if after[0].is_cuda and _alike(after, before or after) else None
+    if fused is not None:
+        tokens = sum(part.shape[1] for part in after)
+        return fused(after, before, strides(tokens, after[0].shape[2], target), reference)
+    changes = after if before is None else [a - b for a, b in zip(after, before, strict=True)]
+    summary = summarize(changes[0] if len(changes) == 1 else torch.cat(changes, dim=1), target)
+    return summary, None if reference is None else deviation(reference, summary)
+
+
+@cache
+def _fused() -> Callable | None:
+    """The fused `observe`; None where Triton is not installed."""
+    try:
+        from .fused import observe
+    except ImportError:
+        return None
+    return observe
+
+
+def _alike(after: Sequence[Tensor], before: Sequence[Tensor]) -> bool:
+    """Whether tokens lie in both as the fused pass reads them: equally far apart, their channels side by side."""
+    return all(
+        a.stride(2) == b.stride(2) == 1 and a.stride(1) == b.stride(1) for a, b in zip(after, before, strict=True)
+    )
 
 
 def relative_l1(deviations: list[list[float]]) -> float:

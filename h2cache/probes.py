@@ -4,10 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from .pfs import summarize
+from .pfs import observe
 from .streams import Streams
 
 
@@ -25,12 +24,12 @@ class Glimpse:
 
 
 class Probe(Protocol):
-    """A float32 tensor with one sample, that relL1 compares between steps."""
+    """A float32 tensor of one sample, that relL1 compares between steps."""
 
     after_first_block: bool
 
-    def __call__(self, glimpse: Glimpse) -> Tensor:
-        """(1, ...)"""
+    def __call__(self, glimpse: Glimpse, reference: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The tensor (1, ...), and its deviation from `reference`, an earlier one (`pfs.deviation`; None from None)."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +44,12 @@ class FirstBlockResidual:
     pool: int | None = None
     after_first_block = True
 
-    def __call__(self, glimpse: Glimpse) -> Tensor:
-        before, after = glimpse.before, glimpse.after
-        residual = after.hidden_states - before.hidden_states
-        if self.with_text:
-            text = after.encoder_hidden_states - before.encoder_hidden_states
-            residual = torch.cat([text, residual], dim=1)
-        return summarize(residual, self.pool)
+    def __call__(self, glimpse: Glimpse, reference: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        after, before = (
+            (streams.encoder_hidden_states, streams.hidden_states) if self.with_text else (streams.hidden_states,)
+            for streams in (glimpse.after, glimpse.before)
+        )
+        return observe(after, before, self.pool, reference)
 
 
 @dataclass(frozen=True)
@@ -60,5 +58,5 @@ class ModulatedInput:
 
     after_first_block = False
 
-    def __call__(self, glimpse: Glimpse) -> Tensor:
-        return summarize(glimpse.modulated(), None)
+    def __call__(self, glimpse: Glimpse, reference: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return observe((glimpse.modulated(),), None, None, reference)
