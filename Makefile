@@ -1,6 +1,7 @@
 # make run [ARGS='prompt="a cat" seed=3']    draw an image; the arguments are run.py's
 # make test [ARGS='-k timeline']             run the tests; the arguments are pytest's
 # make lint
+# bash run_exper.sh --help                   the paper's tables and figures
 #
 # The packages live in .venv, made by PYTHON (3.11 or newer). They are installed again only when a requirements file has
 # changed: each stamp is made by the last command of its recipe, so an interrupted install leaves none.
@@ -29,6 +30,10 @@ $(VENV)/run.stamp: requirements.txt
 	$(PIP) install -r requirements.txt
 	@touch $@
 
-$(VENV)/dev.stamp: requirements-dev.txt $(VENV)/run.stamp
+$(VENV)/eval.stamp: requirements-eval.txt $(VENV)/run.stamp
+	$(PIP) install -r requirements-eval.txt
+	@touch $@
+
+$(VENV)/dev.stamp: requirements-dev.txt $(VENV)/eval.stamp
 	$(PIP) install -r requirements-dev.txt
 	@touch $@

@@ -14,6 +14,8 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
+from eval.reader import CLASSES, decode
+from eval.signs import WINDOW
 from tools.flux_mini import attributes, evaluate, prompts, reader
 from tools.flux_mini.attributes import Attributes
 from tools.flux_mini.scenes import (
@@ -174,7 +176,7 @@ def test_letters_are_seen_whole_and_alone():
         empty = np.asarray(draw(replace(scene, word="", layout="arched")), int)
         changed = np.abs(np.asarray(image, int) - empty).max(axis=-1) > 60
         left, top = attributes.window_corner(scene)
-        rows, columns = attributes.WINDOW
+        rows, columns = WINDOW
         inside = np.zeros_like(changed)
         inside[top : top + rows, left : left + columns] = True
         assert not (changed & ~inside).any(), scene
@@ -199,8 +201,8 @@ def test_the_reader_sees_the_same_whoever_asks():
     a, b = reader.examples(seed=0, step=7, count=4), reader.examples(seed=0, step=7, count=4)
     assert torch.equal(a.letters, b.letters) and a.words == b.words
     assert not torch.equal(a.letters, reader.examples(seed=0, step=8, count=4).letters)
-    perfect = torch.nn.functional.one_hot(a.frames, reader.CLASSES).float()
-    assert reader.decode(perfect) == a.words
+    perfect = torch.nn.functional.one_hot(a.frames, CLASSES).float()
+    assert decode(perfect) == a.words
     ctc, frames = reader.losses(100 * perfect, a)
     assert ctc < 0.01 and frames < 0.01
 
@@ -208,8 +210,8 @@ def test_the_reader_sees_the_same_whoever_asks():
 def test_ctc_s_path_is_collapsed():
     """Repetitions are one letter unless a blank parts them."""
     path = [0, 1, 1, 0, 1, 2, 2, 0, 0, 26]
-    logits = torch.nn.functional.one_hot(torch.tensor([path, [0] * 10]), reader.CLASSES)
-    assert reader.decode(logits) == ["AABZ", ""]
+    logits = torch.nn.functional.one_hot(torch.tensor([path, [0] * 10]), CLASSES)
+    assert decode(logits) == ["AABZ", ""]
 
 
 def test_training_the_reader_goes_on_where_it_was_killed(tmp_path, monkeypatch):
@@ -317,7 +319,7 @@ def test_the_readers_own_errors_are_shares_of_images():
     class Parrot(torch.nn.Module):
         def forward(self, letters):
             path = [1 + string.ascii_uppercase.index(c) for c in "STOP"]
-            return torch.nn.functional.one_hot(torch.tensor([path] * len(letters)), reader.CLASSES)
+            return torch.nn.functional.one_hot(torch.tensor([path] * len(letters)), CLASSES)
 
     scenes = [replace(STOP, word=word) for word in ("STOP", "SHOP", "CORNER", "BAKERY")]
     images = [draw(replace(scene, wall_colour=wall)) for scene, wall in zip(scenes, ["blue", "green"] * 2, strict=True)]

@@ -1,4 +1,4 @@
-"""A reader of words, for the evaluation: a small convolutional network with CTC, trained on rendered scenes alone.
+"""Trains the reader of words (`eval.reader`) on rendered scenes alone; `export_reader.py` writes what is shipped.
 
 It is given letters as `attributes.look` sees them, freed from colours and whatever is not their sign. It learns random
 strings only, so that it has no vocabulary into which it could correct a misspelt sign, and never sees an image that a
@@ -6,79 +6,25 @@ model made: softness, noise and wobbly letters are imitated on the renders.
 """
 
 import random
-import string
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .attributes import WINDOW, letters_of, window_corner
+from eval.reader import BLANK, FRAMES, LETTERS, Reader, read, stack
+from eval.signs import WINDOW
+
+from .attributes import letters_of, window_corner
 from .scenes import HELD_OUT_WORDS, Scene, letter_boxes, random_scene
 from .scores import word_scores
 from .training import Log, advance, cosine, resume, save, set_rate, stage_options
 
-LETTERS = string.ascii_uppercase
-BLANK = 0  # CTC's "no letter here"; A is 1
-CLASSES = 1 + len(LETTERS)
-FRAMES = WINDOW[1] // 2
 LETTER_CORE = 0.5  # the part of a letter's width, around its middle, whose frames are taught to name it
 LONGEST = 8
 VALIDATION = 400  # scenes
 STEPS, BATCH, LEARNING_RATE = 3000, 32, 2e-3
-
-
-class Reader(nn.Module):
-    """(B, 1, 48, 120) letters to (B, 60, 27) logits, one frame for every second column of pixels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-
-        def layer(inside: int, outside: int, kernel=3, stride=1, padding=1) -> nn.Sequential:
-            convolution = nn.Conv2d(inside, outside, kernel, stride, padding, bias=False)
-            return nn.Sequential(convolution, nn.BatchNorm2d(outside), nn.ReLU())
-
-        self.layers = nn.Sequential(
-            layer(1, 24),  # 48x120
-            layer(24, 48, stride=2),
-            layer(48, 96, stride=2),  # 12x30
-            layer(96, 96),
-            layer(96, 128, stride=(2, 1)),
-            layer(128, 160, (6, 1), padding=0),  # 1x30
-            layer(160, 160, (1, 3), padding=(0, 1)),
-            layer(160, 160, (1, 3), padding=(0, 1)),
-        )
-        self.head = nn.Linear(160, 2 * CLASSES)  # two frames a column: narrow letters stand close
-
-    def forward(self, letters: Tensor) -> Tensor:
-        columns = self.layers(letters).squeeze(2).transpose(1, 2)
-        return self.head(columns).reshape(len(letters), FRAMES, CLASSES)
-
-
-def decode(logits: Tensor) -> list[str]:
-    """The best path of CTC: the likeliest class of each frame, repetitions and blanks dropped."""
-    words = []
-    for path in logits.argmax(dim=-1).tolist():
-        kept = [c for c, before in zip(path, [BLANK, *path], strict=False) if c not in (BLANK, before)]
-        words.append("".join(LETTERS[c - 1] for c in kept))
-    return words
-
-
-@torch.no_grad()
-def read(reader: Reader, letters: Sequence[np.ndarray], batch: int = 50) -> list[str]:
-    """The words in (48, 120) windows of letters; "" where no letter is seen."""
-    words = []
-    for start in range(0, len(letters), batch):
-        words += decode(reader(stack(letters[start : start + batch])))
-    return words
-
-
-def stack(letters: Sequence[np.ndarray]) -> Tensor:
-    """(B, 1, 48, 120) float32"""
-    return torch.from_numpy(np.stack(letters)).float().unsqueeze(1)
 
 
 def random_string(rng: random.Random) -> str:

@@ -1,0 +1,58 @@
+"""What an experiment measured, and what is made of it: the types that tables, figures and the report share."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import pandas as pd
+
+BASELINE = "Baseline"  # the setting without a cache, which times and images are compared with
+
+
+@dataclass(frozen=True)
+class Results:
+    """One experiment's measurements.
+
+    `frame` has one row for each setting and prompt, the settings in the order of the experiment's configuration:
+
+    setting: the row's name in a table, unique within the experiment ("H2-Cache", "TeaCache, threshold = 0.2").
+    method: its family, one colour in every figure ("H2-Cache", "TeaCache", "Baseline").
+    fields: dict of the method's configuration fields (empty for the baseline).
+    prompt_id, prompt, word (None where the prompt set has none), seed.
+    fingerprint, image (Path of the PNG), trace (Path of the CSV of `handle.trace.to_pandas()`, None for the baseline).
+    total_seconds, text_seconds, denoising_seconds, vae_seconds; peak_memory_bytes (NaN off the GPU).
+    computed_fraction: blocks computed, of all; 1.0 for the baseline. hit_rates: dict of stage to fraction of hits.
+    One column for each metric, NaN where it cannot be had; `unavailable` says why.
+    """
+
+    name: str
+    title: str
+    description: str
+    frame: pd.DataFrame
+    metrics: tuple[str, ...]
+    unavailable: dict[str, str]  # metric -> reason
+    model: str
+    machine: str
+    command: str
+
+    @property
+    def baseline(self) -> pd.DataFrame:
+        """The rows without a cache, indexed by prompt_id; empty if the experiment has none."""
+        return self.frame[self.frame["setting"] == BASELINE].set_index("prompt_id")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A table or figure on disk: the same content in each of `files` (.png and .pdf, or .md, .csv and .tex)."""
+
+    name: str
+    title: str
+    caption: str
+    files: tuple[Path, ...]
+
+
+class Output(Protocol):
+    """One table or figure of an experiment; `configs/experiment/*.yaml` lists them by `_target_`."""
+
+    def make(self, results: Results, folder: Path) -> Artifact | None:
+        """Write the files into `folder`, whole or not at all. None where nothing of it was measured."""

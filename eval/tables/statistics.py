@@ -1,0 +1,85 @@
+"""Numbers about measured values: pure functions, float64, the same for the same values in any order."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+CONFIDENCE = 0.95
+RESAMPLES, SEED = 10_000, 0
+AT_ONCE = 2_000_000  # drawn indices held in memory
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Of the finite values, `n` of them: all but `n` NaN without any, the interval NaN for fewer than two.
+
+    low, high: the 95 % confidence interval of the mean (Student's t). `infinite` values are counted, and are in none of
+    the other numbers: an infinite PSNR says that two images are identical, and one would make every mean infinite.
+    """
+
+    n: int
+    mean: float
+    median: float
+    p95: float
+    low: float
+    high: float
+    infinite: int = 0
+
+    @property
+    def count(self) -> int:
+        """How many values were measured."""
+        return self.n + self.infinite
+
+
+def summarize(values: pd.Series) -> Summary:
+    """NaN is a value that is not there."""
+    array = values.to_numpy(np.float64)
+    finite = np.sort(array[np.isfinite(array)])
+    n, infinite = len(finite), int(np.isinf(array).sum())
+    if n == 0:
+        return Summary(0, *[math.nan] * 5, infinite)
+    mean = float(finite.mean())
+    margin = math.nan
+    if n > 1:
+        margin = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * finite.std(ddof=1) / math.sqrt(n))
+    return Summary(
+        n, mean, float(np.median(finite)), float(np.quantile(finite, 0.95)), mean - margin, mean + margin, infinite
+    )
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The mean of some values as a multiple of the baseline's, over the `n` prompts that have both.
+
+    low, high: the 95 % interval over resampled prompts, values and baseline drawn together (percentile bootstrap,
+    10,000 resamples of a fixed seed); NaN for fewer than two pairs. All NaN where the baseline's mean is not positive.
+    """
+
+    n: int
+    value: float
+    low: float
+    high: float
+
+
+def ratio(values: pd.Series, baseline: pd.Series) -> Ratio:
+    """Both indexed by prompt (and seed), each prompt once. Prompts that either lacks are left out."""
+    pairs = pd.concat([values, baseline], axis=1, join="inner", keys=["value", "baseline"]).astype(np.float64)
+    pairs = pairs[np.isfinite(pairs).all(axis=1)].sort_index()
+    n = len(pairs)
+    above, below = pairs["value"].to_numpy(), pairs["baseline"].to_numpy()
+    if n == 0 or below.mean() <= 0:
+        return Ratio(n, math.nan, math.nan, math.nan)
+    value = float(above.mean() / below.mean())
+    if n == 1:
+        return Ratio(n, value, math.nan, math.nan)
+    generator = np.random.default_rng(SEED)
+    drawn = []
+    for start in range(0, RESAMPLES, step := max(1, AT_ONCE // n)):
+        index = generator.integers(n, size=(min(step, RESAMPLES - start), n))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            drawn.append(above[index].mean(axis=1) / below[index].mean(axis=1))
+    low, high = np.quantile(np.concatenate(drawn), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Ratio(n, value, float(low), float(high))
