@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import h2cache
-from eval import report
+from eval import doctor, report
 from eval.errors import UserError
 from eval.files import atomic_files, check_writable
 from eval.generate import Drawing, generate
@@ -76,21 +76,23 @@ class Run:
 
 def run(cfg: DictConfig, choices: Mapping[str, str], number: int | None) -> None:
     """Do the job that Hydra composed; `number` is its place in a multirun. Raises UserError."""
+    if _asks_for_doctor(cfg):
+        doctor.show(Console())
+        return
+    cfg = OmegaConf.masked_copy(cfg, [field for field in cfg if field != "doctor"])
     job = _job(cfg, choices, number)
     files = [job.out, job.trace_file, job.config_file, *([job.comparison_file] if job.compare else [])]
     check_writable(files)
     messages = Console(stderr=True, highlight=False)
-    with messages.status(f"loading {choices['model']}"):
-        pipe = load_pipeline(job.model)
-    _note_truncation(job, pipe, messages)
-    machine = describe_machine(job.model)
     try:
+        with messages.status(f"loading {choices['model']}"):
+            pipe = load_pipeline(job.model)
+        _note_truncation(job, pipe, messages)
+        machine = describe_machine(job.model)
         baseline, cached = _draw_all(job, pipe, choices["method"], messages)
     except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{choices['model']} does not fit into the GPU's memory: use model.offload=model (or group, sequential), "
-            "or a smaller model.height and model.width"
-        ) from error
+        advice = job.model.memory_advice
+        raise UserError(f"{choices['model']} does not fit into the GPU's memory: {advice}") from error
 
     with atomic_files(files) as (image_file, trace_file, config_file, *comparison_file):
         cached.drawing.image.save(image_file)
@@ -106,6 +108,14 @@ def run(cfg: DictConfig, choices: Mapping[str, str], number: int | None) -> None
         facts |= report.comparison(cached.drawing, baseline.drawing)
     facts["written"] = ", ".join(map(str, files))
     report.show(Console(), job.prompt, _settings(job, choices, machine), cached.trace, facts)
+
+
+def _asks_for_doctor(cfg: DictConfig) -> bool:
+    """Whether to describe the machine instead of drawing."""
+    value = cfg.get("doctor", False)
+    if not isinstance(value, bool):
+        raise UserError(f"doctor={value} is not allowed: it must be true or false")
+    return value
 
 
 def _job(cfg: DictConfig, choices: Mapping[str, str], number: int | None) -> Job:
@@ -143,7 +153,10 @@ def _draw_all(job: Job, pipe: FluxPipeline, name: str, messages: Console) -> tup
     methods = {"baseline": None, name: job.method} if job.compare else {name: job.method}
     if job.compare:
         for method in methods.values():
-            _draw(job, pipe, method, "warming up", messages, num_inference_steps=WARM_UP_STEPS)
+            # A method for certain conditions, as a plan is, has none for a shorter run.
+            bound = method is not None and method.depends_on_run
+            steps = job.model.num_inference_steps if bound else WARM_UP_STEPS
+            _draw(job, pipe, method, "warming up", messages, num_inference_steps=steps)
     runs = {name: _draw(job, pipe, method, name, messages) for name, method in methods.items()}
     return runs.get("baseline"), runs[name]
 
