@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .adapters import Denoising
+from .adapters import BlockModules, Denoising
 from .config import CacheConfig
 from .memory import Context, Moment, Run, Runs
 from .stages import Stage
@@ -18,13 +18,9 @@ class Place:
 
     stage: Stage
     index: int
-    last: int
-    call: BlockCall
+    is_last: bool
+    call: BlockCall | None  # None: the place is no block's, but the model's
     regroups: bool = False  # what the block returns is clustered anew
-
-    @property
-    def is_last(self) -> bool:
-        return self.index == self.last
 
 
 @dataclass(frozen=True)
@@ -38,6 +34,18 @@ class ModulePlace:
     is_text: bool = False
 
 
+def module_places(stage: Stage, inside: list[BlockModules]) -> dict[torch.nn.Module, ModulePlace]:
+    """Where the modules inside the blocks of a stage stand, numbered in the order of the network."""
+    places: dict[torch.nn.Module, ModulePlace] = {}
+    for parts in inside:
+        for module in parts.forecast:
+            mlp = stage.clusters is not None and module in (parts.image_mlp, parts.text_mlp)
+            places[module] = ModulePlace(stage, len(places), refreshed=mlp, is_text=module is parts.text_mlp)
+        for module in parts.silenced:
+            places[module] = ModulePlace(stage, len(places), silenced=True)
+    return places
+
+
 @dataclass(frozen=True)
 class Method:
     """A configuration laid out on the blocks of one transformer."""
@@ -47,6 +55,8 @@ class Method:
     modules: dict[torch.nn.Module, ModulePlace]
     blocks: dict[str, int]
     remembers: tuple
+    undivided: bool  # one stage takes all blocks
+    output: Place | None = None  # of the stage that is the whole call, if there is one
 
 
 @dataclass

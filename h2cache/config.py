@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import Any, Self
 
+from .conditions import Conditions
 from .stages import Stage
 
 
@@ -16,6 +17,8 @@ class CacheConfig:
     over the batch and decides once for all, as the published code does.
     """
 
+    depends_on_run = False  # a class of methods says so, if they are made for certain conditions
+
     _: KW_ONLY
     batch_decision: str = "sample"
 
@@ -26,6 +29,11 @@ class CacheConfig:
     def decides_together(self) -> bool:
         """Whether the images of a batch share one decision."""
         return self.batch_decision == "mean"
+
+    def for_run(self, conditions: Conditions) -> Self:
+        """The configuration for a run under these conditions; asked where `depends_on_run`. ValueError where there is
+        none."""
+        return self
 
     def compose(self) -> tuple[Stage, ...]:
         """The method as stages, in the order of the network."""

@@ -126,3 +126,26 @@ class Interval:
         if step < self.first_enhance:
             return Decision.WARMUP
         return Decision.COMPUTE if memory.consecutive_hits >= self.interval - 1 else Decision.HIT
+
+
+@dataclass(frozen=True)
+class StepMask:
+    """Compute the steps `computed` of a run of `steps`; after its end compute, or raise unless it is `open_ended`."""
+
+    computed: tuple[int, ...]
+    steps: int
+    open_ended: bool = False
+    threshold = math.nan
+    follows = False
+
+    def without_measuring(self, memory: SampleMemory, step: int, parent_skipped: bool) -> Decision:
+        if step == 0:
+            return Decision.WARMUP
+        if step < self.steps:
+            return Decision.COMPUTE if step in self.computed else Decision.HIT
+        if not self.open_ended:
+            raise ValueError(
+                f"this plan was made for steps {self.steps} and is run with more: resample it with "
+                "plan.resampled(steps), and allow that with PlanConfig(plan, allow_transfer=True)"
+            )
+        return Decision.COMPUTE

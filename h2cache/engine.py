@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 
-from .adapters import Adapter, BlockModules, Denoising
-from .call import Call, Method, ModulePlace, Place
+from .adapters import Adapter, Denoising, Lead, Passage
+from .call import Call, Method, Place, module_places
+from .conditions import Conditions, Surroundings
 from .config import CacheConfig
 from .interception import Interception, interception_of
 from .judge import Judge
 from .memory import Moment, Runs
 from .modules import answer, regroup
-from .stages import Stage
+from .outputs import predict
 from .streams import Streams, plain
 from .trace import Trace
 from .visit import Visit
@@ -30,9 +31,10 @@ from .visit import Visit
 class Engine:
     """Attaches a method to one transformer instance. Made and undone by `h2cache.apply` and its handle."""
 
-    def __init__(self, transformer: torch.nn.Module, adapter: Adapter, config: CacheConfig):
+    def __init__(self, transformer: torch.nn.Module, adapter: Adapter, config: CacheConfig, surroundings: Surroundings):
         self.transformer = transformer
         self.adapter = adapter
+        self.surroundings = surroundings
         self.runs = Runs()
         self.trace = Trace()
         self._judge = Judge(self.runs, self.trace)
@@ -48,24 +50,47 @@ class Engine:
 
     def use(self, config: CacheConfig) -> None:
         """Follow `config` from the next call on. Runs in progress go on where what they remember still serves."""
+        self.method = self._laid_out(config)
+        self._variants: dict[Conditions, Method] = {}
+        self.trace.stage_blocks.update(self.method.blocks)
+        self._intercept()
+
+    def _laid_out(self, config: CacheConfig) -> Method:
+        """`config` on the blocks that are watched."""
         stages = config.compose()
-        places, modules, blocks = {}, {}, {}
+        self.adapter.check(stages)
+        output, places, modules, blocks = None, {}, {}, {}
         for stage in stages:
             members = [block for group in stage.groups for block in self._groups[group]]
             blocks[stage.name] = len(members)
+            if stage.output:
+                output = Place(stage, index=0, is_last=True, call=None)
+                continue
             inside = [self.adapter.modules(block) for block in members] if stage.modules else []
             modules |= module_places(stage, inside)
             with_mlps = [index for index, parts in enumerate(inside) if parts.image_mlp is not None]
             for index, block in enumerate(members):
                 regroups = stage.clusters is not None and index == with_mlps[-1]
-                places[block] = Place(stage, index, len(members) - 1, self.adapter.block_call(block), regroups)
-        self.trace.stage_blocks.update(blocks)
-        self.method = Method(config, places, modules, blocks, tuple(stage.remembers for stage in stages))
-        self._intercept()
+                places[block] = Place(stage, index, index == len(members) - 1, self.adapter.block_call(block), regroups)
+        undivided = len(stages) == 1 and len(places) == self.trace.total_blocks
+        remembers = tuple(stage.remembers for stage in stages)
+        return Method(config, places, modules, blocks, remembers, undivided, output)
+
+    def _method_for(self, denoising: Denoising) -> Method:
+        """The method as the conditions of this call's run want it."""
+        config = self.method.config
+        if not config.depends_on_run:
+            return self.method
+        conditions, variants = self.surroundings.conditions(denoising.hidden_states.shape[1]), self._variants
+        if conditions not in variants:
+            adapted = config.for_run(conditions)
+            variants[conditions] = self.method if adapted is config else self._laid_out(adapted)
+        return variants[conditions]
 
     def _intercept(self) -> None:
         """See the calls of the model, of every block, and of the modules that the method skips; of nothing else."""
         handlers: dict[torch.nn.Module, Callable] = {self.transformer: self._denoise}
+        handlers |= {module: partial(self._lead, lead) for module, lead in self.adapter.led(self.transformer).items()}
         for group in self._groups.values():
             handlers |= {block: partial(self._block, block) for block in group}
         handlers |= {module: partial(self._module, module) for module in self.method.modules}
@@ -122,7 +147,7 @@ class Engine:
         outer = getattr(self._active, "call", None)
         try:
             self._active.call = call
-            output = proceed(*args, **kwargs)
+            output = self._predict(call, proceed, args, kwargs)
         except BaseException:
             # Half of this step may be remembered; a caller that tries again must not build on it.
             self.runs.discard(call.run)
@@ -132,8 +157,16 @@ class Engine:
         call.context.close(call.moment)
         return output
 
+    def _predict(self, call: Call, proceed: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What the call of the model returns."""
+        place = call.method.output
+        if place is None:
+            return proceed(*args, **kwargs)
+        image, text = call.denoising.hidden_states, call.denoising.encoder_hidden_states
+        return predict(call, self._decide(call, place, {}, Streams(image, text), None), proceed, args, kwargs)
+
     def _open(self, denoising: Denoising) -> Call:
-        method, image = self.method, denoising.hidden_states
+        method, image = self._method_for(denoising), denoising.hidden_states
         key = (tuple(image.shape), image.dtype, image.device)
         run = self.runs.find(denoising.img_ids, key, method.remembers)
         timestep = denoising.timestep.reshape(-1)[:1]
@@ -146,6 +179,16 @@ class Engine:
             call.set_time(known, self.runs)
         call.context.note_input(image, known)
         return call
+
+    def _lead(self, lead: Lead, proceed: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """One call of a module that hides blocks, led through them."""
+        call: Call | None = getattr(self._active, "call", None)
+        if call is None:
+            self._check_watched()
+        if call is None or not call.method.places:
+            return proceed(*args, **kwargs)
+        undivided = call.method.undivided and not call.denoising.adds_between_blocks
+        return lead(Passage(call.denoising, undivided, call.run.once), proceed, args, kwargs)
 
     def _block(self, block: torch.nn.Module, proceed: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """One call of a block: enter its stage, go on in it, or have nothing to do with it."""
@@ -213,8 +256,11 @@ class Engine:
 
     def _pass(self, call: Call, place: Place, visit: Visit, proceed: Callable, arguments: dict[str, Any]) -> Any:
         """Leave a block out, or run it for the samples that need it."""
-        if not visit.computed and not place.is_last:
-            return place.call.untouched(arguments)
+        if not place.is_last:
+            if not visit.computed:
+                return place.call.untouched(arguments)
+            if visit.rows is None and not call.denoising.adds_between_blocks:
+                return proceed(**arguments)
         return self._go_on(call, place, visit, proceed, arguments)
 
     def _go_on(self, call: Call, place: Place, visit: Visit, proceed: Callable, arguments: dict[str, Any]) -> Any:
@@ -240,19 +286,7 @@ class Engine:
         visit.remember(end, call.context.step)
         if len(visit.computed) == len(visit.decisions):
             return output
-        return place.call.result(visit.stand_in(end, call.context.step))
-
-
-def module_places(stage: Stage, inside: list[BlockModules]) -> dict[torch.nn.Module, ModulePlace]:
-    """Where the modules inside the blocks of a stage stand, numbered in the order of the network."""
-    places: dict[torch.nn.Module, ModulePlace] = {}
-    for parts in inside:
-        for module in parts.forecast:
-            mlp = stage.clusters is not None and module in (parts.image_mlp, parts.text_mlp)
-            places[module] = ModulePlace(stage, len(places), refreshed=mlp, is_text=module is parts.text_mlp)
-        for module in parts.silenced:
-            places[module] = ModulePlace(stage, len(places), silenced=True)
-    return places
+        return place.call.result(visit.stand_in(end, call.context.step, into=place.call.room(end)))
 
 
 def on_host(tensor: torch.Tensor) -> bool:

@@ -7,7 +7,7 @@ scaling). Coefficients are plain floats, computed once a step.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,6 +25,13 @@ class Forecast(Protocol):
 
     def coefficients(self, x: int) -> list[float]:
         """Those of D_0 .. D_order at x steps ahead."""
+
+
+class SteppedForecast(Forecast, Protocol):
+    """A basis of its own for each step of a run."""
+
+    def at(self, step: int) -> Forecast:
+        """That of `step`."""
 
 
 class FittedForecast(Forecast, Protocol):
@@ -102,6 +109,72 @@ class BackcastHermite(Hermite):
         return Hermite(self.order, math.sqrt(best * math.sqrt(0.5)), self.first_difference)
 
 
+@dataclass(frozen=True)
+class Fixed:
+    """The same coefficients however far ahead."""
+
+    values: tuple[float, ...]
+    first_difference: int = 0
+
+    @property
+    def order(self) -> int:
+        return len(self.values) - 1
+
+    def coefficients(self, x: int) -> list[float]:
+        return list(self.values)
+
+
+@dataclass(frozen=True)
+class WeightedHistory:
+    """Weights of their own, at each step, of the last `order + 1` computed features; they sum to one.
+
+    `bases` holds them by step, in terms of the differences: these are small, so that adding them up in the features'
+    dtype rounds little, where weighted features would cancel.
+    """
+
+    bases: tuple[tuple[int, Fixed], ...]
+    order: int
+    first_difference: int = 0
+
+    @classmethod
+    def over(cls, computed: Sequence[int], weights: Mapping[int, Sequence[float]], history: int) -> "WeightedHistory":
+        """`weights` by step, newest first, where the steps `computed` are."""
+        bases = []
+        for step, values in weights.items():
+            before = [earlier for earlier in computed if earlier < step]
+            bases.append((step, Fixed(tuple(in_differences(values, before, history)))))
+        return cls(tuple(bases), history - 1)
+
+    def at(self, step: int) -> Forecast:
+        return dict(self.bases)[step]
+
+    def coefficients(self, x: int) -> list[float]:
+        raise TypeError("the coefficients of a weighted history depend on the step: ask for at(step)")
+
+
+def in_differences(weights: Sequence[float], computed: Sequence[int], history: int) -> list[float]:
+    """The coefficients of D_0 .. that make what `weights` make of the last features, newest first.
+
+    `computed` are the steps at which features were computed, rising; differences are kept up to `history` of them.
+    """
+    rows: list[dict[int, float]] = []  # what D_0, D_1, ... are made of: features by the step they were computed at
+    for index, step in enumerate(computed):
+        fresh = [{step: 1.0}]
+        for old in rows[: history - 1]:
+            elapsed = step - computed[index - 1]
+            sources = fresh[-1].keys() | old.keys()
+            fresh.append({source: (fresh[-1].get(source, 0.0) - old.get(source, 0.0)) / elapsed for source in sources})
+        rows = fresh
+    missing = dict(zip(reversed(computed), weights, strict=False))
+    coefficients = [0.0] * len(rows)
+    for order in reversed(range(len(weights))):  # only D_order and higher ones reach back so far
+        oldest = computed[-1 - order]
+        coefficients[order] = missing.get(oldest, 0.0) / rows[order][oldest]
+        for source, share in rows[order].items():
+            missing[source] = missing.get(source, 0.0) - coefficients[order] * share
+    return coefficients[: len(weights)]
+
+
 def inner_products(vectors: Sequence[Features]) -> Tensor:
     """(K, K) float32 inner products of K lists of tensors, each list taken as one long vector."""
     rows = [
@@ -124,9 +197,11 @@ def advance_terms(terms: list[Features], computed: Features, elapsed: int, order
     return fresh
 
 
-def extrapolate(terms: list[Features], coefficients: list[float], base: Features | None = None) -> Features:
+def extrapolate(
+    terms: list[Features], coefficients: list[float], base: Features | None = None, into: Features | None = None
+) -> Features:
     """`base + sum_k coefficients[k] * terms[k]` in the features' dtype; without a base, D_0 is it (its coefficient is 1
-    in every basis).
+    in every basis). Written into the tensors `into`, where they are given with a base.
 
     One multi-tensor operation a term, so that each cached tensor is read once. With no base and order 0 the cached
     tensors themselves are returned.
@@ -135,8 +210,13 @@ def extrapolate(terms: list[Features], coefficients: list[float], base: Features
         base, terms, coefficients = terms[0], terms[1:], coefficients[1:]
     total = base
     for coefficient, term in zip(coefficients, terms, strict=False):
-        if total is base:
-            total = torch._foreach_add(total, term, alpha=coefficient)
-        else:
+        if total is not base:
             torch._foreach_add_(total, term, alpha=coefficient)
+        elif into is None:
+            total = torch._foreach_add(base, term, alpha=coefficient)
+        else:
+            total = [
+                torch.add(part, added, alpha=coefficient, out=place)
+                for part, added, place in zip(base, term, into, strict=True)
+            ]
     return tuple(total)

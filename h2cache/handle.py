@@ -4,6 +4,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from .adapters import find_adapter
+from .conditions import Surroundings
 from .config import CacheConfig
 from .engine import Engine
 from .interception import interception_of
@@ -70,13 +71,14 @@ def apply(pipe_or_transformer: object, config: CacheConfig) -> Handle:
     transformer share the method, each with its own runs. Applying again replaces the method before. A loop whose
     timesteps rise, as in inversion, begins a run with every call: exact, but never a hit.
 
-    TypeError for an unsupported pipeline, transformer or configuration.
+    TypeError for an unsupported pipeline, transformer or configuration; ValueError for a method that this transformer
+    cannot have.
     """
     if not isinstance(config, CacheConfig):
         raise TypeError(f"h2cache.apply got {config!r} as config: pass a method's config, such as H2CacheConfig()")
     transformer, adapter = find_adapter(pipe_or_transformer)
-    config.compose()  # a config that describes no method is refused before anything changes
+    adapter.check(config.compose())  # what cannot be had is refused before anything changes
     worn = interception_of(transformer)
     if worn is not None:
         worn.owner.detach()
-    return Handle(Engine(transformer, adapter, config))
+    return Handle(Engine(transformer, adapter, config, Surroundings(transformer, pipe_or_transformer)))

@@ -9,7 +9,7 @@ true classifier-free guidance apart whether or not the pipeline opens diffusers'
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -82,6 +82,7 @@ class Context:
     timed: bool = False  # whether any call's timestep is known yet
     stages: dict[str, list[SampleMemory]] = field(default_factory=dict)
     modules: dict[int, list[Features]] = field(default_factory=dict)  # terms of outputs, (B, ...), by module
+    outputs: list[Features] = field(default_factory=list)  # terms of what the model returned, (B, ...)
     clusters: ClusterMemory | None = None
     _moments: tuple[Moment, ...] = ()  # of the two calls before
     _last_input: tuple[weakref.ref, float | None] | None = None
@@ -134,11 +135,29 @@ class Context:
     def tensors(self) -> Iterator[Tensor]:
         for memory in self.memories():
             yield from memory.tensors()
-        for terms in self.modules.values():
+        for terms in (*self.modules.values(), self.outputs):
             for outputs in terms:
                 yield from outputs
         if self.clusters is not None:
             yield from self.clusters.tensors()
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Tensors that were made once for all steps of a run, and the state of those that they were made from."""
+
+    sources: tuple[weakref.ref, ...]
+    versions: tuple[int, ...]
+    tensors: tuple[Tensor, ...]
+
+    def serves(self, sources: Sequence[Tensor]) -> bool:
+        same = all(ref() is source for ref, source in zip(self.sources, sources, strict=True))
+        return same and self.versions == versions_of(sources)
+
+
+def versions_of(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """How often each was written to; inference tensors do not count it."""
+    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
 
 
 CONTEXT_NAMES = ("cond", "uncond")
@@ -157,6 +176,17 @@ class Run:
     first_timestep: float | None = None
     last_timestep: float | None = None
     unread: list[Moment] = field(default_factory=list)
+    prepared: dict[Hashable, Prepared] = field(default_factory=dict)
+
+    def once(
+        self, key: Hashable, sources: Sequence[Tensor], make: Callable[[], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        """What `make()` returned when it was first called for `key` and these very `sources`, not written to since."""
+        known = self.prepared.get(key)
+        if known is None or not known.serves(sources):
+            references = tuple(weakref.ref(source) for source in sources)
+            known = self.prepared[key] = Prepared(references, versions_of(sources), make())
+        return known.tensors
 
     def starts_over(self, context: Context, timestep: float, exact: bool) -> bool:
         """Whether a call at `timestep` cannot belong to this run: denoising never goes up, nor back to its first step.
@@ -195,6 +225,8 @@ class Run:
     def tensors(self) -> Iterator[Tensor]:
         for context in self.contexts:
             yield from context.tensors()
+        for prepared in self.prepared.values():
+            yield from prepared.tensors
 
 
 class Runs:

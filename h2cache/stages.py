@@ -18,6 +18,9 @@ class Stage:
     With `modules` the blocks always run, and what is skipped are the attention and MLP modules inside them, each with a
     forecast of its own output before its gate; only a rule that measures nothing can decide about that. `clusters`
     keeps the forecasts of their MLPs fresh.
+
+    With `output` the stage is the whole call of the model, and what is forecast is what the call returns; this, too, is
+    for rules that measure nothing, and the only stage of its method.
     """
 
     name: str
@@ -28,8 +31,11 @@ class Stage:
     parent: str | None = None
     modules: bool = False
     clusters: Clusters | None = None
+    output: bool = False
 
     def __post_init__(self) -> None:
+        if self.output and (self.modules or self.probe is not None or self.parent is not None):
+            raise ValueError(f"stage {self.name!r}: only a rule that measures nothing decides about the model's output")
         if self.modules and (self.probe is not None or self.parent is not None):
             raise ValueError(f"stage {self.name!r}: only a rule that measures nothing decides about modules")
         if self.clusters is not None and not self.modules:
@@ -45,6 +51,15 @@ class Stage:
         """Whether the forecast learns from what is computed (`FittedForecast`)."""
         return hasattr(self.forecast, "fitted")
 
+    @property
+    def keeps_residuals(self) -> bool:
+        """Whether what is remembered is what its blocks add to the streams."""
+        return not (self.modules or self.output)
+
+    def forecast_at(self, step: int) -> Forecast:
+        """The forecast at a step: its own, where the forecast has one for each (`SteppedForecast`)."""
+        return self.forecast.at(step) if hasattr(self.forecast, "at") else self.forecast
+
     def order_at(self, step: int) -> int:
         """The order of the differences that are taken at a computed step."""
         return self.forecast.order if step >= self.forecast.first_difference else 0
@@ -52,4 +67,4 @@ class Stage:
     @property
     def remembers(self) -> tuple:
         """All that shapes the memory: while it stays equal, a changed threshold may go on with what is remembered."""
-        return self.name, self.groups, self.probe, self.forecast, self.modules, self.clusters
+        return self.name, self.groups, self.probe, self.forecast, self.modules, self.clusters, self.output

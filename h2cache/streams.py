@@ -48,6 +48,9 @@ class BlockCall(Protocol):
     def kept(self, streams: Streams) -> Streams:
         """The streams, safe from what the model may do in place to the block's output."""
 
+    def room(self, streams: Streams) -> Streams | None:
+        """Where what stands in for the block's output `streams` had best be written; None: anywhere."""
+
     def select(self, arguments: dict[str, Any], rows: Tensor, batch: int) -> dict[str, Any]:
         """The arguments of a call with only the samples `rows`."""
 
@@ -80,6 +83,9 @@ class _FluxCall:
         hidden_states, temb = arguments["hidden_states"][row], arguments["temb"][row]
         self.onload(self.block)  # its norm may be offloaded with it, and it has not been called yet
         return self.block.norm1(hidden_states, emb=temb)[0]
+
+    def room(self, streams: Streams) -> Streams | None:
+        return None
 
     def select(self, arguments: dict[str, Any], rows: Tensor, batch: int) -> dict[str, Any]:
         # By name: the rotary table (M+N, head_dim) has no batch dimension, though its length could equal the batch.

@@ -72,7 +72,7 @@ class Visit:
         for sample in self.computed:
             memory = self.memories[sample]
             elapsed = step - memory.computed_step
-            if not self.stage.modules and sample not in self.unsound:
+            if self.stage.keeps_residuals and sample not in self.unsound:
                 residual = self._residual(end, sample)
                 self.learn(sample, residual, memory.terms)
                 memory.terms = advance_terms(memory.terms, residual, elapsed, self.stage.order_at(step))
@@ -97,14 +97,18 @@ class Visit:
     def coefficients(self, step: int, sample: int) -> list[float]:
         """Of the forecast at `step`."""
         memory = self.memories[sample]
-        return (memory.fitted or self.stage.forecast).coefficients(step - memory.computed_step)
+        return (memory.fitted or self.stage.forecast_at(step)).coefficients(step - memory.computed_step)
 
-    def stand_in(self, end: Streams, step: int) -> Streams:
-        """The end of the stage: as computed, or as arrived plus the forecast residual."""
-        rows = []
+    def stand_in(self, end: Streams, step: int, into: Streams | None = None) -> Streams:
+        """The end of the stage: as computed, or as arrived plus the forecast residual. Written `into` a place, if one
+        is given."""
+        rows, batch = [], len(self.memories)
         for sample, (memory, decision) in enumerate(zip(self.memories, self.decisions, strict=True)):
-            row = end.row(sample) if len(self.memories) > 1 else end
+            row, place = (s.row(sample) if s is not None and batch > 1 else s for s in (end, into))
             if decision.skips:
-                row = Streams(*extrapolate(memory.terms, self.coefficients(step, sample), base=row))
+                row = Streams(*extrapolate(memory.terms, self.coefficients(step, sample), base=row, into=place))
+            elif place is not None:
+                for part, computed in zip(place, row, strict=True):
+                    part.copy_(computed)
             rows.append(row)
-        return join_rows(rows)
+        return join_rows(rows) if into is None else into

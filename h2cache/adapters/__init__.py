@@ -7,12 +7,14 @@ never copies a forward. To support another transformer, write one and add it to 
 import torch
 
 from ..interception import is_compiled
-from .base import Adapter, BlockModules, Denoising
+from .base import Adapter, BlockModules, Denoising, Lead, Passage
 from .diffusers_flux import DiffusersFlux
+from .nunchaku_flux import NunchakuFluxV1, NunchakuFluxV2
 
-__all__ = ["Adapter", "BlockModules", "Denoising", "find_adapter"]
+__all__ = ["Adapter", "BlockModules", "Denoising", "Lead", "Passage", "find_adapter"]
 
-ADAPTERS: tuple[Adapter, ...] = (DiffusersFlux(),)
+# nunchaku's transformers are subclasses of diffusers'.
+ADAPTERS: tuple[type[Adapter], ...] = (NunchakuFluxV1, NunchakuFluxV2, DiffusersFlux)
 
 
 def find_adapter(target: object) -> tuple[torch.nn.Module, Adapter]:
@@ -26,7 +28,7 @@ def find_adapter(target: object) -> tuple[torch.nn.Module, Adapter]:
             "h2cache.apply got a transformer that was compiled as a whole, which would compile the cache's decisions "
             "away: pass the plain transformer and compile its blocks with transformer.compile_repeated_blocks()"
         )
-    for adapter in ADAPTERS:
+    for adapter in (kind() for kind in ADAPTERS):
         if adapter.supports(transformer):
             return transformer, adapter
     supported = ", ".join(adapter.supported for adapter in ADAPTERS)

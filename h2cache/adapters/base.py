@@ -1,12 +1,16 @@
 """What an adapter tells the engine."""
 
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ..stages import Stage
 from ..streams import BlockCall
+
+Lead = Callable[["Passage", Callable[..., Any], tuple, dict[str, Any]], Any]
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,22 @@ class Denoising:
     img_ids: Tensor
     branch: tuple[Tensor, ...]
     adds_between_blocks: bool  # ControlNet samples, which are no part of a stage's residual
+    txt_ids: Tensor | None = None  # position ids of the text
+    as_returned: Callable[[Tensor], Any] = lambda sample: (sample,)  # what the call returns for an output (B, N, C)
+
+
+@dataclass(frozen=True)
+class Passage:
+    """One call of the model, as an adapter sees it that leads the call through the blocks (`Adapter.led`).
+
+    undivided: one stage takes all blocks and nothing is added between them, so that only its first and last are needed.
+    once: `once(key, sources, make)` is what `make()` returned when it was first called in this run, a tuple of tensors;
+    it is made again where one of the tensors `sources` is another, or was written to.
+    """
+
+    denoising: Denoising
+    undivided: bool
+    once: Callable[[Hashable, Sequence[Tensor], Callable[[], tuple[Tensor, ...]]], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -42,7 +62,7 @@ class BlockModules:
 
 
 class Adapter(Protocol):
-    """Knowledge of one transformer class."""
+    """Knowledge of one transformer class. Every application of a cache makes one of its own."""
 
     supported: str  # the class, as messages name it
     timestep_scale: float  # from the unit of the call to 0..1000
@@ -50,8 +70,15 @@ class Adapter(Protocol):
     def supports(self, module: object) -> bool:
         """Whether this adapter knows `module`."""
 
+    def check(self, stages: Sequence[Stage]) -> None:
+        """ValueError, saying what to use instead, where this transformer cannot have a method's stages."""
+
     def groups(self, transformer: torch.nn.Module) -> dict[str, list[torch.nn.Module]]:
-        """The block lists by name ("double", "single"), in the order of the network."""
+        """The block lists by name ("double", "single"), in the order of the network; the same ones at every call."""
+
+    def led(self, transformer: torch.nn.Module) -> dict[torch.nn.Module, Lead]:
+        """Modules that hide blocks, and what is done in place of their calls: `lead(passage, proceed, args, kwargs)`
+        calls the blocks one by one, where `proceed(*args, **kwargs)` would run them unseen."""
 
     def block_call(self, block: torch.nn.Module) -> BlockCall:
         """How `block` is called."""

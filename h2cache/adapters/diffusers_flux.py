@@ -1,11 +1,13 @@
 """diffusers' `FluxTransformer2DModel`, and what subclasses or quantizes it without changing its blocks' interface."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from ..stages import Stage
 from ..streams import BlockCall, ConcatenatedCall, JointCall, parameter_names, plain
-from .base import BlockModules, Denoising
+from .base import BlockModules, Denoising, Lead
 
 
 def onload(block: torch.nn.Module) -> None:
@@ -24,6 +26,18 @@ def onload(block: torch.nn.Module) -> None:
         group.stream.synchronize()
 
 
+def as_tuple(sample: torch.Tensor) -> tuple[torch.Tensor]:
+    """What a call with return_dict=False returns."""
+    return (sample,)
+
+
+def as_output(sample: torch.Tensor) -> Any:
+    """What a call with return_dict=True returns."""
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+    return Transformer2DModelOutput(sample=sample)
+
+
 class DiffusersFlux:
     """Blocks in `transformer_blocks` (double) and `single_transformer_blocks` (single)."""
 
@@ -37,6 +51,12 @@ class DiffusersFlux:
 
     def groups(self, transformer: torch.nn.Module) -> dict[str, list[torch.nn.Module]]:
         return {"double": list(transformer.transformer_blocks), "single": list(transformer.single_transformer_blocks)}
+
+    def check(self, stages: Sequence[Stage]) -> None:
+        """Every method works here."""
+
+    def led(self, transformer: torch.nn.Module) -> dict[torch.nn.Module, Lead]:
+        return {}
 
     def block_call(self, block: torch.nn.Module) -> BlockCall:
         # Single blocks take both streams in today's diffusers, and one concatenated tensor in older and quantized ones.
@@ -61,6 +81,8 @@ class DiffusersFlux:
             encoder_hidden_states=prompt,
             timestep=given["timestep"],
             img_ids=given["img_ids"],
+            txt_ids=given.get("txt_ids"),
+            as_returned=as_output if given.get("return_dict", True) else as_tuple,
             branch=(prompt, given["pooled_projections"]),
             adds_between_blocks=any(
                 given.get(name) is not None for name in ("controlnet_block_samples", "controlnet_single_block_samples")

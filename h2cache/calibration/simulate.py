@@ -1,0 +1,64 @@
+"""Cached runs without a pipeline: only computed steps call the model, and what two schedules share is run once."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .trajectories import Trajectories
+from .weights import combine, fit_weights
+
+
+@dataclass(frozen=True)
+class State:
+    """Before a step: the latents, the last computed outputs (newest first), the weights of the steps before."""
+
+    latents: Tensor
+    history: tuple[Tensor, ...]
+    weights: Mapping[int, tuple[float, ...]]
+
+
+class Simulation:
+    """Runs schedules on recorded prompts and fits the weights as it goes.
+
+    Weights are on-policy: at each skipped step they are fitted, in the state that the cached run itself has come to, to
+    the output that would lead back onto the uncached trajectory. So they take back, as far as earlier outputs can, the
+    error that was made before.
+    """
+
+    def __init__(self, trajectories: Trajectories, history: int, ridge: float):
+        self.trajectories = trajectories
+        self.history = history
+        self.ridge = ridge
+        self._computed: tuple[int, ...] = ()
+        self._states: list[State] = []  # before each step of the last schedule
+
+    def run(self, computed: tuple[int, ...]) -> State:
+        """The end of a run that computes these steps."""
+        states = self._shared(computed)
+        for step in range(len(states) - 1, self.trajectories.steps):
+            states.append(self._step(states[-1], step, step in computed))
+        self._computed, self._states = computed, states
+        return states[-1]
+
+    def _shared(self, computed: tuple[int, ...]) -> list[State]:
+        """The states of the last schedule as far as this one is like it."""
+        if not self._states:
+            return [State(self.trajectories.latents[0], (), {})]
+        differing = set(computed) ^ set(self._computed)
+        return self._states[: min(differing, default=self.trajectories.steps) + 1]
+
+    def _step(self, state: State, step: int, computes: bool) -> State:
+        runs = self.trajectories
+        if computes:
+            output, weights = runs.compute(step, state.latents), state.weights
+            history = (output, *state.history)[: self.history]
+        else:
+            history = state.history
+            fitted = fit_weights(history, runs.needed(step, state.latents), self.ridge)
+            output, weights = combine(fitted, history), {**state.weights, step: fitted}
+        return State(runs.advance(step, state.latents, output), history, weights)
+
+    def score(self, computed: tuple[int, ...]) -> float:
+        """PSNR in dB of the final images, mean over the prompts."""
+        return self.trajectories.decibels(self.run(computed).latents).mean().item()

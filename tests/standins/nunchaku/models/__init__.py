@@ -1,0 +1,1 @@
+"""Models, as far as Flux needs them."""
