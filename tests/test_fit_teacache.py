@@ -214,8 +214,8 @@ def test_prompts_may_come_from_a_file(settings, tmp_path):
     file.write_text("a cat\n\na dog\na bird\na fish\n")
     text = fit_teacache.run(dataclasses.replace(settings, prompts_file=file), "tiny", "the command")
     assert "3 prompts (prompts.txt)" in text.replace("\n# ", " ")
-    with pytest.raises(UserError, match="has 4 prompts, one a line, not prompts=5"):
-        fit_teacache.run(dataclasses.replace(settings, prompts_file=file, prompts=5), "tiny", "the command")
+    with pytest.raises(UserError, match="has 4 prompts, one a line, not images=5"):
+        fit_teacache.run(dataclasses.replace(settings, prompts_file=file, images=5), "tiny", "the command")
     with pytest.raises(UserError, match="No such file"):
         fit_teacache.run(dataclasses.replace(settings, prompts_file=tmp_path / "none.txt"), "tiny", "the command")
 
@@ -223,11 +223,11 @@ def test_prompts_may_come_from_a_file(settings, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["prompts=1"], "prompts=1 is not allowed: it must be a whole number from 2"),
+        (["images=1"], "images=1 is not allowed: it must be a whole number from 2"),
         (["max_degree=0"], "max_degree=0 is not allowed"),
         (["seed=red"], "seed=red is not allowed"),
         (["model.num_inference_steps=2"], "num_inference_steps=2 is not allowed"),
-        (["prompts=2", "model.num_inference_steps=4"], "max_degree=6 is too high"),
+        (["images=2", "model.num_inference_steps=4"], "max_degree=6 is too high"),
         (["model.height=65"], "model=flux-mini: height=65"),
         (["model.path=nowhere"], "model.path=nowhere: no pipeline there"),
         (["out=no/such/folder.yaml"], "no folder no/such"),

@@ -56,22 +56,22 @@ class Settings:
     """The fields of configs/fit_teacache.yaml, checked."""
 
     model: ModelConfig
-    prompts: int
+    images: int
     prompts_file: Path | None
     max_degree: int
     seed: int
     out: Path
 
     def __post_init__(self) -> None:
-        for field, least in (("prompts", 2), ("max_degree", 1), ("seed", 0)):
+        for field, least in (("images", 2), ("max_degree", 1), ("seed", 0)):
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise UserError(f"{field}={value} is not allowed: it must be a whole number from {least}")
         steps = self.model.num_inference_steps
         if steps < 3:
             raise UserError(f"model.num_inference_steps={steps} is not allowed: with less than 3 nothing is decided")
-        if (self.prompts - 1) * (steps - 1) <= self.max_degree:
-            raise UserError(f"max_degree={self.max_degree} is too high for {self.prompts} prompts of {steps} steps")
+        if (self.images - 1) * (steps - 1) <= self.max_degree:
+            raise UserError(f"max_degree={self.max_degree} is too high for {self.images} images of {steps} steps")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _settings(cfg: DictConfig, name: str) -> Settings:
     except InstantiationException as error:
         raise UserError(f"model={name}: {error.__cause__ or error}") from error
     return Settings(
-        model, cfg.prompts, prompts_file, cfg.max_degree, cfg.seed, out or CONFIGS / f"teacache/{name}.yaml"
+        model, cfg.images, prompts_file, cfg.max_degree, cfg.seed, out or CONFIGS / f"teacache/{name}.yaml"
     )
 
 
@@ -121,16 +121,16 @@ def run(settings: Settings, name: str, command: str) -> str:
 
 def _prompts(settings: Settings) -> list[str]:
     if settings.prompts_file is None:
-        return scene_prompts(settings.prompts, settings.seed)
+        return scene_prompts(settings.images, settings.seed)
     try:
         lines = settings.prompts_file.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UserError(f"prompts_file={settings.prompts_file}: {error.strerror}") from error
     prompts = [line.strip() for line in lines if line.strip()]
-    if len(prompts) < settings.prompts:
+    if len(prompts) < settings.images:
         found = f"prompts_file={settings.prompts_file} has {len(prompts)} prompts"
-        raise UserError(f"{found}, one a line, not prompts={settings.prompts}")
-    return prompts[: settings.prompts]
+        raise UserError(f"{found}, one a line, not images={settings.images}")
+    return prompts[: settings.images]
 
 
 def scene_prompts(count: int, seed: int) -> list[str]:
