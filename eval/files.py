@@ -7,6 +7,14 @@ from pathlib import Path
 
 from eval.errors import UserError
 
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def find_file(path: str | Path) -> Path | None:
+    """The file of this name, seen from where you are or else from this repository; None if neither has it."""
+    given = Path(path).expanduser()
+    return next((file for file in (given, REPOSITORY / given) if file.is_file()), None)
+
 
 def check_writable(targets: Sequence[Path]) -> None:
     """Raise UserError unless every target can be written; called before the work whose result goes there.
