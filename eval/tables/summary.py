@@ -1,6 +1,6 @@
 """One row a setting, in the form of the paper's table."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from rich.table import Table
 from eval.errors import UserError
 from eval.results import BASELINE, Artifact, Results
 from eval.tables.quantities import (
+    ABSENT,
     COMPUTED,
     DENOISING,
     FAILED,
@@ -51,15 +52,23 @@ class SummaryTable:
         measured = Measured.of(results)
         if all(measured.failed(setting) for setting in measured):
             return None
-        return self._sheet(results, measured).write(_data(results, measured), folder, self.name, results.name)
+        sheet = self._sheet(results, measured, self._columns(results), hit_rates(measured))
+        return sheet.write(_data(results, measured), folder, self.name, results.name)
 
     def terminal(self, results: Results) -> Table:
-        """The same rows for the end of a run."""
-        return self._sheet(results, Measured.of(results)).to_rich()
-
-    def _sheet(self, results: Results, measured: Measured) -> Sheet:
+        """The same rows for the end of a run, without hit rates and what nothing is known of: terminals are narrow."""
+        measured = Measured.of(results)
         columns = self._columns(results)
-        stages = hit_rates(measured)
+        known = [
+            q
+            for q in columns
+            if any(measured.cell(setting, q).whole_text not in (ABSENT, MEANINGLESS) for setting in measured)
+        ]
+        return self._sheet(results, measured, known, ()).to_rich()
+
+    def _sheet(
+        self, results: Results, measured: Measured, columns: Sequence[Quantity], stages: Sequence[Quantity]
+    ) -> Sheet:
         header = ["setting", *(quantity.label for quantity in columns), *(["hits"] if stages else [])]
         rows = []
         for setting in measured:
