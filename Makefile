@@ -1,5 +1,5 @@
 # make run [ARGS='prompt="a cat" seed=3']    draw an image; the arguments are run.py's
-# make test [ARGS='-k timeline']             run the tests; the arguments are pytest's
+# make test [ARGS='-k timeline'] [WORKERS=4]  run the tests in two processes or more; the arguments are pytest's
 # make lint
 # bash run_exper.sh --help                   the paper's tables and figures
 #
@@ -11,6 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 ARGS ?=
+WORKERS ?= 2
 OLD := 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is too old: make PYTHON=python3.11 or newer")'
 
 .PHONY: run test lint
@@ -19,7 +20,7 @@ run: $(VENV)/run.stamp
 	$(BIN)/python run.py $(ARGS)
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

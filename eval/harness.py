@@ -19,12 +19,12 @@ from eval.errors import UserError
 from eval.experiments import Experiment, Setting
 from eval.files import atomic_files
 from eval.identity import identity
-from eval.plan import Plan, read_plan
 from eval.progress import watching
 from eval.quality import Metrics
 from eval.records import Cell, Record, Store
 from eval.results import BASELINE, Artifact, Results
 from eval.scores import Scores
+from eval.study import Study, read_study
 from eval.sweep import Report, sweep
 from eval.tables import SummaryTable
 
@@ -33,29 +33,29 @@ PAGE, ENVIRONMENT, MEASUREMENTS = "report.html", "environment.json", "measuremen
 
 def run(cfg: DictConfig, model_name: str, method: Callable[[str], DictConfig], command: str) -> int:
     """Do what Hydra composed; returns the exit code, 1 if some images could not be drawn. Raises UserError."""
-    plan = read_plan(cfg, model_name, method)
+    study = read_study(cfg, model_name, method)
     messages = Console(stderr=True, highlight=False)
-    store = Store(plan.out / "records", identity(plan.model))
+    store = Store(study.out / "records", identity(study.model))
     with store.locked():
-        with watching(messages, plan.names) as watcher:
-            report = sweep(store, plan.all_cells, plan.model, plan.launcher, watcher)
+        with watching(messages, study.names) as watcher:
+            report = sweep(store, study.all_cells, study.model, study.launcher, watcher)
         with messages.status("loading the metrics"):
-            metrics = Metrics(plan.metrics, plan.clipiqa_checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+            metrics = Metrics(study.metrics, study.clipiqa_checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
         with messages.status("measuring the images"):
             scores = Scores(store.folder / "scores.jsonl", metrics)
-            frames = [measurements(store, report.records, cells, scores) for cells in plan.cells]
+            frames = [measurements(store, report.records, cells, scores) for cells in study.cells]
     for name, reason in metrics.unavailable.items():
         messages.print(f"note: {name} is n/a: {reason}", soft_wrap=True)
     results = [
-        _results(experiment, frame, metrics.unavailable, plan.model_name, command)
-        for experiment, frame in zip(plan.experiments, frames, strict=True)
+        _results(experiment, frame, metrics.unavailable, study.model_name, command)
+        for experiment, frame in zip(study.experiments, frames, strict=True)
         if len(frame)
     ]
     with messages.status("drawing tables and figures"):
-        made = _make(plan, results, environment(command) | _facts(plan, report))
-    _tell(Console(highlight=False, soft_wrap=True), plan, made, report)
+        made = _make(study, results, environment(command) | _facts(study, report))
+    _tell(Console(highlight=False, soft_wrap=True), study, made, report)
     if report.failures:
-        _complain(messages, plan, report)
+        _complain(messages, study, report)
     return 1 if report.failures else 0
 
 
@@ -112,27 +112,27 @@ def _results(
     )
 
 
-def _make(plan: Plan, results: Sequence[Results], facts: Mapping[str, Any]) -> list[tuple[Results, list[Artifact]]]:
+def _make(study: Study, results: Sequence[Results], facts: Mapping[str, Any]) -> list[tuple[Results, list[Artifact]]]:
     """Write all that is made of the results; returns it."""
-    outputs = {experiment.name: experiment.outputs for experiment in plan.experiments}
+    outputs = {experiment.name: experiment.outputs for experiment in study.experiments}
     made: list[tuple[Results, list[Artifact]]] = []
     try:
         for each in results:
-            folder = plan.out / each.name
+            folder = study.out / each.name
             folder.mkdir(exist_ok=True)
             with atomic_files([folder / MEASUREMENTS]) as (file,):
-                relative = {name: each.frame[name].map(_below(plan.out)) for name in ("image", "trace")}
+                relative = {name: each.frame[name].map(_below(study.out)) for name in ("image", "trace")}
                 each.frame.assign(**relative).to_csv(file, index=False)
             artifacts = [output.make(each, folder) for output in outputs[each.name]]
             made.append((each, [artifact for artifact in artifacts if artifact]))
-        with atomic_files([plan.out / ENVIRONMENT]) as (file,):
+        with atomic_files([study.out / ENVIRONMENT]) as (file,):
             file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         if made:
-            page.write(made, facts, plan.out / PAGE)
+            page.write(made, facts, study.out / PAGE)
     except OSError as error:
         raise UserError(
-            f"cannot write to {plan.out} ({error.strerror}): put that right and run the same command again; all images "
-            "are kept"
+            f"cannot write to {study.out} ({error.strerror}): put that right and run the same command again; all "
+            "images are kept"
         ) from error
     return made
 
@@ -141,12 +141,12 @@ def _below(folder: Path) -> Callable[[Path | None], str | None]:
     return lambda path: path and path.relative_to(folder).as_posix()
 
 
-def _facts(plan: Plan, report: Report) -> dict[str, Any]:
+def _facts(study: Study, report: Report) -> dict[str, Any]:
     """What environment.json says besides of this run and of where its images were drawn."""
     records = report.records.values()
     facts = {
-        "model": plan.model_name,
-        "model_fields": dataclasses.asdict(plan.model),
+        "model": study.model_name,
+        "model_fields": dataclasses.asdict(study.model),
         "machine": " and ".join(sorted({record.machine for record in records})),
         "drawn_with": " and ".join(sorted({record.versions for record in records})),
         "images": len(records),
@@ -157,9 +157,9 @@ def _facts(plan: Plan, report: Report) -> dict[str, Any]:
     return facts
 
 
-def _tell(console: Console, plan: Plan, made: Sequence[tuple[Results, Sequence[Artifact]]], report: Report) -> None:
+def _tell(console: Console, study: Study, made: Sequence[tuple[Results, Sequence[Artifact]]], report: Report) -> None:
     """Where everything is."""
-    outputs = {experiment.name: experiment.outputs for experiment in plan.experiments}
+    outputs = {experiment.name: experiment.outputs for experiment in study.experiments}
     for results, artifacts in made:
         for output in outputs[results.name]:
             if isinstance(output, SummaryTable):
@@ -167,7 +167,7 @@ def _tell(console: Console, plan: Plan, made: Sequence[tuple[Results, Sequence[A
         for artifact in artifacts:
             console.print(f"{results.name}: {artifact.title}: {', '.join(map(str, artifact.files))}", markup=False)
     now = f", {report.drawn} of them drawn now" if report.drawn else ""
-    console.print(f"{len(report.records)} images{now}; tables, figures and images: {plan.out / PAGE}", markup=False)
+    console.print(f"{len(report.records)} images{now}; tables, figures and images: {study.out / PAGE}", markup=False)
 
 
 def _show(console: Console, table: Table) -> None:
@@ -177,14 +177,14 @@ def _show(console: Console, table: Table) -> None:
         console.print(table)
 
 
-def _complain(messages: Console, plan: Plan, report: Report) -> None:
+def _complain(messages: Console, study: Study, report: Report) -> None:
     """What could not be drawn, one line a setting and reason, and what to do about it."""
-    names = plan.names
+    names = study.names
     reasons = Counter((names[cell.method], failure.reason) for cell, failure in report.failures.values())
     for (name, reason), count in reasons.items():
         messages.print(f"failed: {name}, {count} images: {reason}", markup=False, soft_wrap=True)
     messages.print(
-        f"{len(report.failures)} images are missing from the tables (details: {plan.out}/records/*.failed.json); the "
+        f"{len(report.failures)} images are missing from the tables (details: {study.out}/records/*.failed.json); the "
         "same command tries them again",
         markup=False,
         soft_wrap=True,

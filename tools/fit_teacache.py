@@ -100,9 +100,7 @@ def _settings(cfg: DictConfig, name: str) -> Settings:
         model = instantiate(cfg.model, _convert_="all")
     except InstantiationException as error:
         raise UserError(f"model={name}: {error.__cause__ or error}") from error
-    return Settings(
-        model, cfg.images, prompts_file, cfg.max_degree, cfg.seed, out or CONFIGS / f"teacache/{name}.yaml"
-    )
+    return Settings(model, cfg.images, prompts_file, cfg.max_degree, cfg.seed, out or CONFIGS / f"teacache/{name}.yaml")
 
 
 def run(settings: Settings, name: str, command: str) -> str:

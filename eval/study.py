@@ -22,7 +22,7 @@ FIELDS = "model protocol prompts experiments launcher limit out clipiqa_checkpoi
 
 
 @dataclass(frozen=True)
-class Plan:
+class Study:
     """`cells` are what each of `experiments` draws, prompt by prompt, with the setting that each cell stands for."""
 
     model: ModelConfig
@@ -53,7 +53,7 @@ class Plan:
         return {setting.config: setting.name for of_one in self.cells for setting, _ in of_one}
 
 
-def read_plan(cfg: DictConfig, model_name: str, method: Callable[[str], DictConfig]) -> Plan:
+def read_study(cfg: DictConfig, model_name: str, method: Callable[[str], DictConfig]) -> Study:
     """`method` gives the configuration of an option of configs/method. UserError for whatever is wrong."""
     if unknown := [str(field) for field in cfg if field not in FIELDS]:
         raise UserError(f"there is no field {unknown[0]}; choose from {', '.join(FIELDS)}")
@@ -72,10 +72,10 @@ def read_plan(cfg: DictConfig, model_name: str, method: Callable[[str], DictConf
     checkpoint = Path(str(cfg.clipiqa_checkpoint)).expanduser() if cfg.clipiqa_checkpoint else None
     if checkpoint and not checkpoint.is_file():
         raise UserError(f"clipiqa_checkpoint={checkpoint}: there is no such file; give OpenAI's CLIP RN50.pt, or null")
-    plan = Plan(model, model_name, launcher, experiments, tuple(cells), Path(str(cfg.out)).expanduser(), checkpoint)
-    for name in plan.metrics:
+    study = Study(model, model_name, launcher, experiments, tuple(cells), Path(str(cfg.out)).expanduser(), checkpoint)
+    for name in study.metrics:
         quality.kind(name)  # UserError for a name that is no metric
-    return plan
+    return study
 
 
 def _made(cfg: DictConfig, group: str) -> object:
