@@ -20,7 +20,7 @@ import h2cache
 from eval.errors import UserError
 from eval.files import atomic_files, check_writable
 from eval.pipelines import ModelConfig, load_pipeline
-from tools.fit_teacache import scene_prompts
+from tools.calibration_prompts import calibration_prompts
 
 ROOT = Path(__file__).resolve().parents[1]
 SEARCH = ("seed", "history", "ridge", "annealing", "climbing", "annealing_prompts", "batch_size")
@@ -78,7 +78,8 @@ def run(settings: Settings) -> list[str]:
     """Calibrate for each budget, write the plans, and say what they reached."""
     settings.folder.mkdir(parents=True, exist_ok=True)
     check_writable([settings.target(budget) for budget in settings.budgets])
-    prompts, pipe = _prompts(settings), load_pipeline(settings.model)
+    prompts = calibration_prompts(settings.prompts_file, settings.images, settings.search["seed"])
+    pipe = load_pipeline(settings.model)
     call = dict(settings.model.call_arguments)
     steps = call.pop("num_inference_steps")
     lines = []
@@ -124,20 +125,6 @@ def _bar() -> Progress:
         TimeRemainingColumn(),
         console=Console(stderr=True),
     )
-
-
-def _prompts(settings: Settings) -> list[str]:
-    if settings.prompts_file is None:
-        return scene_prompts(settings.images, settings.search["seed"])
-    try:
-        lines = settings.prompts_file.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"prompts_file={settings.prompts_file}: {error.strerror}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if len(prompts) < settings.images:
-        found = f"prompts_file={settings.prompts_file} has {len(prompts)} prompts"
-        raise UserError(f"{found}, one a line, not images={settings.images}")
-    return prompts[: settings.images]
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ found. TeaCache extrapolates to changes beyond those seen; the comments say how 
 """
 
 import platform
-import random
 import shlex
 import sys
 import textwrap
@@ -44,6 +43,7 @@ from eval.errors import UserError
 from eval.files import atomic_files, check_writable
 from eval.pipelines import ModelConfig, describe_machine, load_pipeline
 from h2cache.pfs import deviation, relative_l1
+from tools.calibration_prompts import calibration_prompts
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SPEEDUPS = (1.5, 2.0, 3.0)  # how many times fewer steps are computed at the thresholds that are proposed
@@ -106,7 +106,7 @@ def _settings(cfg: DictConfig, name: str) -> Settings:
 def run(settings: Settings, name: str, command: str) -> str:
     """Draw, fit and write `settings.out`; returns what was written."""
     check_writable([settings.out])
-    prompts = _prompts(settings)
+    prompts = calibration_prompts(settings.prompts_file, settings.images, settings.seed)
     x, y = calibrate(load_pipeline(settings.model), prompts, settings.seed, settings.model.call_arguments)
     fit = fit_polynomial(x, y, settings.max_degree)
     source = settings.prompts_file.name if settings.prompts_file else f"scenes of flux-mini, seed {settings.seed}"
@@ -115,28 +115,6 @@ def run(settings: Settings, name: str, command: str) -> str:
     with atomic_files([settings.out]) as (file,):
         file.write_text(text, encoding="utf-8")
     return text
-
-
-def _prompts(settings: Settings) -> list[str]:
-    if settings.prompts_file is None:
-        return scene_prompts(settings.images, settings.seed)
-    try:
-        lines = settings.prompts_file.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"prompts_file={settings.prompts_file}: {error.strerror}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if len(prompts) < settings.images:
-        found = f"prompts_file={settings.prompts_file} has {len(prompts)} prompts"
-        raise UserError(f"{found}, one a line, not images={settings.images}")
-    return prompts[: settings.images]
-
-
-def scene_prompts(count: int, seed: int) -> list[str]:
-    """Captions of random scenes of flux-mini with words of its training, of which no evaluation asks for one."""
-    from tools.flux_mini.scenes import WORDS, caption, random_scene  # needs matplotlib, which prompts_file does not
-
-    rng = random.Random(f"teacache-{seed}")
-    return [caption(random_scene(rng, word=rng.choice(WORDS)), rng) for _ in range(count)]
 
 
 def calibrate(
