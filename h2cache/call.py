@@ -81,8 +81,8 @@ class Call:
         stale = False
         if self.run.starts_over(self.context, timestep, exact):
             # The caller kept its `img_ids` from one run to the next.
-            stale, context = self.context.timed, self.context
-            self.run = runs.begin(self.denoising.img_ids, self.run.shape, self.run.stages)
+            stale, context, run = self.context.timed, self.context, self.run
+            self.run = runs.begin(self.denoising.img_ids, run.shape, run.stages, run.conditions)
             if stale:
                 self.context = self.run.context(self.denoising.branch, self.denoising.hidden_states, timestep)
             else:  # new with this run, so its memory is of this run, though its first steps went unread

@@ -1,8 +1,8 @@
 """Under which conditions a run takes place: what a calibration is good for."""
 
 import hashlib
+import inspect
 import json
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -54,30 +54,37 @@ def _settings(part: object) -> dict[str, Any]:
     return {name: value for name, value in dict(config).items() if not name.startswith("_")}
 
 
-class Surroundings:
-    """Where a transformer is called from: its pipeline, if it is known. Reads nothing from a device."""
+def conditions_of_call(transformer: torch.nn.Module, image_tokens: int) -> Conditions:
+    """Of the run that a call of `transformer` with so many tokens belongs to, when asked on the call's own thread.
 
-    def __init__(self, transformer: torch.nn.Module, target: object):
-        self._model = digest(transformer)
-        self._pipe = None if target is transformer else weakref.ref(target)
-        self._scheduler: tuple[object, str] | None = None
+    Scheduler, steps and guidance are the calling pipeline's; None where it is no pipeline that calls. Reads nothing
+    from a device.
+    """
+    model, pipe = digest(transformer), calling_pipeline()
+    if pipe is None:
+        return Conditions(model=model, image_tokens=image_tokens)
+    guidance = getattr(pipe, "guidance_scale", None)
+    return Conditions(
+        model=model,
+        scheduler=described(pipe.scheduler),
+        steps=pipe.num_timesteps,
+        guidance=None if guidance is None else float(guidance),
+        image_tokens=image_tokens,
+    )
 
-    def conditions(self, image_tokens: int) -> Conditions:
-        """Of the run that a call with so many tokens belongs to."""
-        pipe = self._pipe() if self._pipe is not None else None
-        # Another pipeline may share the transformer: this one is at work while it has a timestep.
-        if pipe is None or getattr(pipe, "current_timestep", None) is None:
-            return Conditions(model=self._model, image_tokens=image_tokens)
-        guidance = getattr(pipe, "guidance_scale", None)
-        return Conditions(
-            model=self._model,
-            scheduler=self._describe(pipe.scheduler),
-            steps=getattr(pipe, "num_timesteps", None),
-            guidance=None if guidance is None else float(guidance),
-            image_tokens=image_tokens,
-        )
 
-    def _describe(self, scheduler: object) -> str:
-        if self._scheduler is None or self._scheduler[0] is not scheduler:
-            self._scheduler = scheduler, described(scheduler)
-        return self._scheduler[1]
+def calling_pipeline() -> Any:
+    """The innermost diffusers pipeline that is being called on this thread; None where there is none.
+
+    What a pipeline says of itself does not tell: pipelines may share a transformer, and one that broke off still looks
+    as if it ran. The stack of the thread does.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        # No other frame is looked into: up to Python 3.12 that keeps what its variables hold, until it ends.
+        if frame.f_code.co_name == "__call__":
+            caller = frame.f_locals.get("self")
+            if hasattr(caller, "scheduler") and hasattr(caller, "num_timesteps"):
+                return caller
+        frame = frame.f_back
+    return None

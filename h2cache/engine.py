@@ -16,7 +16,7 @@ import torch
 
 from .adapters import Adapter, Denoising, Lead, Passage
 from .call import Call, Method, Place, module_places
-from .conditions import Conditions, Surroundings
+from .conditions import Conditions, conditions_of_call
 from .config import CacheConfig
 from .interception import Interception, interception_of
 from .judge import Judge
@@ -31,10 +31,9 @@ from .visit import Visit
 class Engine:
     """Attaches a method to one transformer instance. Made and undone by `h2cache.apply` and its handle."""
 
-    def __init__(self, transformer: torch.nn.Module, adapter: Adapter, config: CacheConfig, surroundings: Surroundings):
+    def __init__(self, transformer: torch.nn.Module, adapter: Adapter, config: CacheConfig):
         self.transformer = transformer
         self.adapter = adapter
-        self.surroundings = surroundings
         self.runs = Runs()
         self.trace = Trace()
         self._judge = Judge(self.runs, self.trace)
@@ -76,16 +75,17 @@ class Engine:
         remembers = tuple(stage.remembers for stage in stages)
         return Method(config, places, modules, blocks, remembers, undivided, output)
 
-    def _method_for(self, denoising: Denoising) -> Method:
-        """The method as the conditions of this call's run want it."""
-        config = self.method.config
-        if not config.depends_on_run:
-            return self.method
-        conditions, variants = self.surroundings.conditions(denoising.hidden_states.shape[1]), self._variants
-        if conditions not in variants:
-            adapted = config.for_run(conditions)
-            variants[conditions] = self.method if adapted is config else self._laid_out(adapted)
-        return variants[conditions]
+    def _conditions(self, image_tokens: int) -> Conditions:
+        """Of the run that this call begins; nothing is asked for a method that does not depend on them."""
+        asked = self.method.config.depends_on_run
+        return conditions_of_call(self.transformer, image_tokens) if asked else Conditions()
+
+    def _method_under(self, conditions: Conditions) -> Method:
+        """The method as a run under these conditions wants it."""
+        if conditions not in self._variants:
+            adapted = self.method.config.for_run(conditions)
+            self._variants[conditions] = self.method if adapted is self.method.config else self._laid_out(adapted)
+        return self._variants[conditions]
 
     def _intercept(self) -> None:
         """See the calls of the model, of every block, and of the modules that the method skips; of nothing else."""
@@ -166,9 +166,14 @@ class Engine:
         return predict(call, self._decide(call, place, {}, Streams(image, text), None), proceed, args, kwargs)
 
     def _open(self, denoising: Denoising) -> Call:
-        method, image = self._method_for(denoising), denoising.hidden_states
+        image = denoising.hidden_states
         key = (tuple(image.shape), image.dtype, image.device)
-        run = self.runs.find(denoising.img_ids, key, method.remembers)
+        run = self.runs.find(denoising.img_ids, key)
+        # Asked once a run: what a pipeline says may change before its run ends.
+        conditions = run.conditions if run is not None else self._conditions(image.shape[1])
+        method = self._method_under(conditions)
+        if run is None or run.stages != method.remembers:
+            run = self.runs.begin(denoising.img_ids, key, method.remembers, conditions)
         timestep = denoising.timestep.reshape(-1)[:1]
         known = timestep.tolist()[0] if on_host(timestep) else None
         context = run.context(denoising.branch, image, known)

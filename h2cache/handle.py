@@ -4,7 +4,6 @@ from types import TracebackType
 from typing import Any, Self
 
 from .adapters import find_adapter
-from .conditions import Surroundings
 from .config import CacheConfig
 from .engine import Engine
 from .interception import interception_of
@@ -81,4 +80,4 @@ def apply(pipe_or_transformer: object, config: CacheConfig) -> Handle:
     worn = interception_of(transformer)
     if worn is not None:
         worn.owner.detach()
-    return Handle(Engine(transformer, adapter, config, Surroundings(transformer, pipe_or_transformer)))
+    return Handle(Engine(transformer, adapter, config))

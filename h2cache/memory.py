@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from .clusters import ClusterMemory
+from .conditions import Conditions
 from .forecasts import Features, Forecast
 
 
@@ -165,12 +166,13 @@ CONTEXT_NAMES = ("cond", "uncond")
 
 @dataclass
 class Run:
-    """One pass of a denoising loop: its number in the trace and its contexts."""
+    """One pass of a denoising loop: its number in the trace, the conditions that its first call met, its contexts."""
 
     number: int
     img_ids: weakref.ref
     shape: tuple
     stages: tuple
+    conditions: Conditions
     contexts: list[Context] = field(default_factory=list)
     contexts_seen: int = 0
     first_timestep: float | None = None
@@ -237,21 +239,19 @@ class Runs:
         self._lock = threading.Lock()
         self._begun = 0
 
-    def find(self, img_ids: Tensor, shape: tuple, stages: tuple) -> Run:
-        """The run that carries `img_ids`, or a new one; a changed shape or composition of stages begins a new one."""
+    def find(self, img_ids: Tensor, shape: tuple) -> Run | None:
+        """The run that carries `img_ids`, if there is one of this shape."""
         run = self._by_ids.get(id(img_ids))
-        if run is None or run.shape != shape or run.stages != stages:
-            run = self.begin(img_ids, shape, stages)
-        return run
+        return run if run is not None and run.shape == shape else None
 
-    def begin(self, img_ids: Tensor, shape: tuple, stages: tuple) -> Run:
+    def begin(self, img_ids: Tensor, shape: tuple, stages: tuple, conditions: Conditions) -> Run:
         """A new, empty run in place of any that carried `img_ids`."""
         key = id(img_ids)
         forget = self._by_ids.pop
         with self._lock:
             number, self._begun = self._begun, self._begun + 1
         # The callback holds the dictionary's method only, so that a dropped engine is not kept alive by a tensor.
-        run = Run(number, weakref.ref(img_ids, lambda _: forget(key, None)), shape, stages)
+        run = Run(number, weakref.ref(img_ids, lambda _: forget(key, None)), shape, stages, conditions)
         self._by_ids[key] = run
         return run
 

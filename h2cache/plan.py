@@ -158,8 +158,14 @@ class PlanConfig(CacheConfig):
             plan resampled to the run's number of steps. Without it, ValueError names what differs.
         batch_decision: see `CacheConfig`; a plan decides alike for all images.
 
-    The number of steps and the guidance are known where `apply` was given the pipeline; a transformer on its own only
-    shows its class and its tokens, and that a run is longer than the plan.
+    Scheduler, steps and guidance are those of the diffusers pipeline that makes the run, known from the stack of the
+    thread at the run's first call, whatever `apply` was given. They remain unknown, and are not compared, in a loop of
+    one's own and where a pipeline calls its transformer on another thread; such a run only shows the model and the
+    tokens, and that it is longer than the plan. A loop inside a pipeline's callback is taken for the pipeline's, and
+    position ids that are kept from run to run for the first run's.
+
+    Where the model is skipped the output has no gradient, and is ControlNet's as forecast: samples given at skipped
+    steps alone have no effect.
 
     Memory per image and guidance branch: the last `plan.history` outputs, (N, C) each in the model's dtype. At
     FLUX.1-dev, 1024x1024, bfloat16, three of them: 1.6 MB.

@@ -21,7 +21,8 @@ from hypothesis import settings
 from tiny import save_tiny_pipeline, tiny_transformer
 
 from baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
-from h2cache import CacheConfig, Decision, H2CacheConfig
+from h2cache import CacheConfig, Decision, H2CacheConfig, Plan, PlanConfig
+from h2cache.conditions import Conditions
 from h2cache.interception import interception_of
 from h2cache.memory import SampleMemory
 
@@ -31,6 +32,22 @@ torch.set_num_threads(1)
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=20, print_blob=False)
 settings.load_profile("repeatable")
+
+# Of twelve steps it computes five. Pipelines with other numbers of steps follow it resampled; a loop of one's own, of
+# which the length is not known, computes what comes after it.
+PLAN = Plan(
+    Conditions(steps=12),
+    computed=(0, 1, 2, 5, 8),
+    weights={
+        3: (1.8, -0.8),
+        4: (2.4, -1.6, 0.2),
+        6: (1.3, -0.4, 0.1),
+        7: (1.6, -0.6),
+        9: (1.3, -0.3),
+        10: (1.7, -0.8, 0.1),
+        11: (1.9, -0.9),
+    },
+)
 
 # Every method, with settings that sometimes hit and sometimes miss on the tiny models and on flux-mini.
 METHODS = [
@@ -45,6 +62,7 @@ METHODS = [
     pytest.param(HiCacheConfig(interval=3, order=2), id="hicache"),
     pytest.param(HiCacheConfig(interval=3, granularity="stage", sigma="auto"), id="hicache-auto-stage"),
     pytest.param(ClusCaConfig(interval=3, clusters=3), id="clusca"),
+    pytest.param(PlanConfig(PLAN, allow_transfer=True), id="plan"),
     pytest.param(BlockCacheConfig(threshold=0.3), id="block-cache"),
 ]
 
@@ -52,7 +70,10 @@ METHODS = [
 def kind(config: CacheConfig) -> tuple:
     """What a composition is made of, apart from numbers: those of one kind take the same way through the engine."""
     return tuple(
-        (stage.groups, type(stage.probe), stage.parent is None, stage.modules, stage.fits, stage.clusters is None)
+        (
+            (stage.groups, type(stage.probe), stage.parent is None, stage.fits),
+            (stage.modules, stage.clusters is None, stage.output),
+        )
         for stage in config.compose()
     )
 
@@ -75,6 +96,11 @@ def skips_modules(config: CacheConfig) -> bool:
 def has_clusters(config: CacheConfig) -> bool:
     """Whether a few fresh tokens correct what is forecast in the steps that are skipped."""
     return any(stage.clusters is not None for stage in config.compose())
+
+
+def skips_model(config: CacheConfig) -> bool:
+    """Whether what is skipped are calls of the model: then nothing of it runs, not even what lies around the blocks."""
+    return any(stage.output for stage in config.compose())
 
 
 def warmup_steps(config: CacheConfig) -> int:
@@ -106,13 +132,16 @@ def every_method_once(name: str, values: dict[str, Any], most: str) -> pytest.Ma
 
 
 def never_hitting(config: CacheConfig) -> CacheConfig:
-    """The same method with thresholds that nothing is below, or computing one step in one."""
-    return _set(config, tau1=-1.0, tau2=-1.0, threshold=-1.0, interval=1)
+    """The same method with thresholds that nothing is below, or computing one step in one, or a plan of all steps."""
+    every_step = Plan(Conditions(steps=100), tuple(range(100)), {})  # more than any run has, or resampling adds skips
+    return _set(config, tau1=-1.0, tau2=-1.0, threshold=-1.0, interval=1, plan=every_step)
 
 
 def always_hitting(config: CacheConfig) -> CacheConfig:
     """The same method with thresholds that all is below, or no end to its forecasts, and with no step as the last."""
-    return _set(config, tau1=math.inf, tau2=math.inf, threshold=math.inf, interval=10**9, num_steps=10**9)
+    first_step = Plan(Conditions(steps=100), (0,), {step: (1.0,) for step in range(1, 100)})
+    values = dict(tau1=math.inf, tau2=math.inf, threshold=math.inf, interval=10**9, num_steps=10**9, plan=first_step)
+    return _set(config, **values)
 
 
 def _set(config: CacheConfig, **values: Any) -> CacheConfig:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import h2cache
 from baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
-from h2cache import CacheConfig, H2CacheConfig
+from h2cache import CacheConfig, H2CacheConfig, PlanConfig
 from h2cache.clusters import ClusterMemory, Clusters
 from h2cache.forecasts import BackcastHermite
 from h2cache.streams import Streams
@@ -41,6 +41,7 @@ class ByHand:
         self.sigmas: dict[Any, float] = {}
         self.changed = 0.0
         self.clusters: ClusterMemory | None = None
+        self.outputs: list[Tensor] = []  # of the model, newest first
 
     @torch.no_grad()
     def __call__(
@@ -59,6 +60,11 @@ class ByHand:
         return_dict: bool = False,
     ) -> tuple[Tensor]:
         model, c = self.model, self.config
+        if isinstance(c, PlanConfig) and self.step in c.plan.weights:
+            # The whole model is skipped, so that what the samples add is forecast with everything else.
+            self.count(True)
+            weights, self.step = c.plan.weights[self.step], self.step + 1
+            return (sum(weight * output for weight, output in zip(weights, self.outputs, strict=False)),)
         temb = model.time_text_embed(timestep * 1000, guidance * 1000, pooled_projections)
         rotary = model.pos_embed(torch.cat([txt_ids, img_ids]))
         h, e = model.x_embedder(hidden_states), model.context_embedder(encoder_hidden_states)
@@ -106,6 +112,9 @@ class ByHand:
             self.changed = self.changed if hit else 0.0
             additions = added + added_single
             whole("network", double + single, additions, [0.0, *additions[:-1]], hit)
+        elif isinstance(c, PlanConfig):
+            additions = added + added_single
+            whole("network", double + single, additions, [0.0, *additions[:-1]], False)
         elif c.granularity == "stage":
             hit = self.is_skipped_on_schedule()
             whole("double", double, added, [0.0, *added[:-1]], hit)
@@ -122,7 +131,8 @@ class ByHand:
                 h = h + addition
             self.count(hit)
         self.step += 1
-        return (model.proj_out(model.norm_out(h, temb)),)
+        self.outputs.insert(0, model.proj_out(model.norm_out(h, temb)))
+        return (self.outputs[0],)
 
     def double_block(self, block: nn.Module, h: Tensor, e: Tensor, temb: Tensor, rotary: Any, hit: bool) -> tuple:
         """With its attention and its two MLPs, before their gates, computed or forecast."""

@@ -21,6 +21,7 @@ from conftest import (
     measures,
     never_hitting,
     runs_first_block,
+    skips_model,
     skips_modules,
 )
 from diffusers import FlowMatchHeunDiscreteScheduler, FluxPipeline
@@ -514,7 +515,8 @@ def call_with_gradients(transformer: nn.Module) -> Callable[[Tensor, float], Ten
 
 @every_method
 def test_gradients_at_every_step(config, transformer):
-    """As in guidance by a loss: each step's graph is its own and goes with it, though a residual outlives its step."""
+    """As in guidance by a loss: each step's graph is its own and goes with it, though a residual outlives its step.
+    Where the model is skipped there is no graph: what is returned then does not depend on the step's latents."""
     transformer.requires_grad_(False)
 
     def run() -> Tensor:
@@ -523,17 +525,25 @@ def test_gradients_at_every_step(config, transformer):
         for step in range(12):
             latents = latents.detach().requires_grad_()
             velocity = call(latents, 1 - step / 12)
+            if not velocity.requires_grad:
+                without_graph.append(step)
+                latents = latents.detach() - velocity / 12
+                continue
             velocity.square().mean().backward()
             assert latents.grad.abs().sum() > 0
             latents = latents.detach() - velocity.detach() / 12 - 0.01 * latents.grad
         return latents
 
+    without_graph: list[int] = []
     plain = run()
     with h2cache.apply(transformer, never_hitting(config)):
         assert torch.equal(run(), plain)
+    assert without_graph == []
     with h2cache.apply(transformer, config) as handle:
         run()
     assert is_mixed(handle)
+    skipped = [row.step for row in handle.trace if row.decision.skips]
+    assert without_graph == (skipped if skips_model(config) else [])
 
 
 @every_method

@@ -20,7 +20,7 @@ from conftest import (
     warmup_steps,
 )
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxPipeline
-from loops import denoise, denoising, position_ids
+from loops import before_each_call, denoise, denoising, position_ids
 from pictures import alone, hide_timesteps, is_mixed, own_pipeline, picture
 from tiny import tiny_transformer
 from torch import nn
@@ -65,16 +65,12 @@ def break_off_inside(pipe: Any, error: type[BaseException], part: str, call: int
         if len(calls) >= call:
             raise error("broken")
 
-    hooks = [
-        transformer.register_forward_pre_hook(lambda module, args: calls.append(1)),
-        transformer.get_submodule(part).register_forward_pre_hook(fail),
-    ]
+    hook = transformer.get_submodule(part).register_forward_pre_hook(fail)
     try:
-        with pytest.raises(error) as caught:
+        with before_each_call(transformer, lambda: calls.append(1)), pytest.raises(error) as caught:
             picture(pipe, "a green label", seed=5, steps=20)
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
     return caught.value
 
 
@@ -290,7 +286,7 @@ def test_loop_that_keeps_its_position_ids_and_breaks_off(config, transformer):
 
 
 def called_at_every_step(config: CacheConfig, transformer: nn.Module) -> list[nn.Module]:
-    """Parts of the model in the order of a call, once a call each: before the blocks, among them, behind them."""
+    """Parts of the model in the order of a call, once a call that runs it: before the blocks, among, behind them."""
     among = [transformer.transformer_blocks[0]] if runs_first_block(config) or skips_modules(config) else []
     return [transformer.x_embedder, *among, transformer.norm_out]
 

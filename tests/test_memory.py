@@ -21,7 +21,7 @@ from h2cache.trace import KEPT_RUNS
 
 every_method = pytest.mark.parametrize("config", METHODS)
 
-WIDTH, DOUBLE, SINGLE = 32, 2, 3  # of the tiny transformer
+WIDTH, CHANNELS, DOUBLE, SINGLE = 32, 16, 2, 3  # of the tiny transformer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,7 +38,8 @@ def documented_bytes(config: CacheConfig, rows: list, image: int, text: int, dty
 
     Per sample, branch and stage: features in the model's dtype, `order + 1` times when forecasting (one more with every
     computed step at which differences are taken, until then), and the reference in float32, pooled where the method
-    pools. With clusters also a label (int64) for each token and the centroids (float32) of both streams.
+    pools. Where the model is skipped, what it returned takes the features' place. With clusters also a label (int64)
+    for each token and the centroids (float32) of both streams.
     """
     stages = {stage.name: stage for stage in config.compose()}
     computed: dict[tuple, list[int]] = {}
@@ -51,7 +52,8 @@ def documented_bytes(config: CacheConfig, rows: list, image: int, text: int, dty
         stage = stages[name]
         differences = sum(step >= stage.forecast.first_difference for step in steps[1:])
         terms = 1 + min(stage.forecast.order, differences)
-        total += terms * features(stage) * (image + text) * WIDTH * dtype.itemsize
+        numbers = image * CHANNELS if stage.output else features(stage) * (image + text) * WIDTH
+        total += terms * numbers * dtype.itemsize
         total += reference_bytes(config, stage, image, text)
         if stage.clusters is not None:
             total += (image + text) * 8 + 2 * config.clusters * WIDTH * 4

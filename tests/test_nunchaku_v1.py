@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import KINDS, never_hitting
+from conftest import KINDS, never_hitting, skips_model
 from loops import denoise, denoising
 from nunchakus import STAGED, Subject, flux, nunchaku, standin  # noqa: F401
 from torch import Tensor, nn
@@ -141,18 +141,21 @@ def packs(v1, monkeypatch) -> list[tuple]:
 
 @every_method
 def test_rotary_embeddings_are_packed_once_a_run(config, v1, packs):
+    """Where the cache leads through the core's layers. A model that is run whole or not at all is nunchaku's own, and
+    packs at every step that it runs."""
     tables = [(1, 256, 8, 1, 2)] * 3  # image, text and both together, padded
     v1.denoise(steps=4)
     assert packs == 4 * tables, "nunchaku itself packs them at every step"
     packs.clear()
     with h2cache.apply(v1.transformer, config):
         v1.denoise()
-        assert packs == tables
+        times = sum(step < 9 for step in config.plan.computed) if skips_model(config) else 1
+        assert packs == times * tables
         v1.denoise(seed=1)
-        assert packs == 2 * tables, "another run packs its own"
+        assert packs == 2 * times * tables, "another run packs its own"
         packs.clear()
         v1.denoise(height=13, width=21)
-        assert packs == [(1, 512, 8, 1, 2), (1, 256, 8, 1, 2), (1, 512, 8, 1, 2)]
+        assert packs == times * [(1, 512, 8, 1, 2), (1, 256, 8, 1, 2), (1, 512, 8, 1, 2)]
 
 
 @pytest.mark.parametrize("change", ["new-text-ids", "written-text-ids", "written-image-ids", "longer-text"])
