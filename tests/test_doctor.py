@@ -44,7 +44,7 @@ def reason(model) -> str:
         load_pipeline(model)
     message = str(error.value)
     assert str(on_loading.value) == message
-    assert "\n" not in message and len(message) < 400
+    assert "\n" not in message and len(re.sub(r"/\S+", "", message)) < 400  # however long this machine's paths are
     return message
 
 
