@@ -114,15 +114,18 @@ def copy_of(transformer: FluxTransformer2DModel, **changes: int) -> FluxTransfor
 
 
 def watched(subject: Subject, config: CacheConfig) -> Timed:
-    """The second step of a run, which probes, compares and remembers, while nothing hits."""
-    loop = Loop(subject)
+    """A step that probes, compares and remembers, while nothing hits."""
+    loop = Loop(subject, copy_of(subject.transformer))
+    handle = h2cache.apply(loop.transformer, config)
 
-    def second_step() -> float:
-        with h2cache.apply(loop.transformer, config):
-            loop.step()  # the first call of a run has nothing to compare with
-            return loop.step()
+    def step() -> float:
+        taken = loop.step()
+        if handle.summary()["computed_fraction"] < 1:
+            raise RuntimeError("a step that was timed as computed was a hit")
+        handle.trace.clear()
+        return taken
 
-    return second_step
+    return step
 
 
 def hooked(subject: Subject, threshold: float) -> Timed:
