@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from eval.pipelines import ModelConfig, describe_machine, resolve_device
+from eval.pipelines import ModelConfig, counted_threads, describe_machine, resolve_device
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = (
@@ -39,7 +39,7 @@ def environment(command: str) -> dict[str, Any]:
 def machine_name(model: ModelConfig) -> str:
     """What the times of a model's images belong to: the GPU, or the CPU with its number of threads."""
     if resolve_device(model).type == "cpu":
-        return f"{cpu_name()} ({torch.get_num_threads()} threads)"
+        return f"{cpu_name()} ({counted_threads()})"
     return describe_machine(model)
 
 

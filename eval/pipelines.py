@@ -155,7 +155,13 @@ def describe_machine(config: ModelConfig) -> str:
     device = resolve_device(config)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device} ({torch.get_num_threads()} threads)"
+    return f"{device} ({counted_threads()})"
+
+
+def counted_threads() -> str:
+    """Those that torch computes with on the CPU, in words."""
+    count = torch.get_num_threads()
+    return f"{count} thread{'s' * (count != 1)}"
 
 
 @contextmanager
