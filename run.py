@@ -5,7 +5,6 @@ one sentence on stderr and exit code 2; Ctrl-C is 130. torch is imported only fo
 """
 
 import logging
-import os
 import sys
 import tempfile
 import traceback
@@ -43,9 +42,7 @@ def job(cfg: DictConfig) -> None:
 
 
 def main() -> None:
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and ending the process
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal without Unicode gets question marks, not a traceback
+    commandline.prepare()
     try:
         with tempfile.TemporaryDirectory() as scratch:
             sys.argv[1:] = command_line(sys.argv[1:], scratch)

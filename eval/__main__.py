@@ -5,7 +5,6 @@ put right is one sentence on stderr and exit code 2; images that could not be dr
 """
 
 import logging
-import os
 import shlex
 import sys
 import traceback
@@ -56,9 +55,7 @@ def job(cfg: DictConfig) -> None:
 
 
 def main() -> None:
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and ending the process
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal without Unicode gets question marks, not a traceback
+    commandline.prepare()
     if {"-m", "--multirun"} & set(sys.argv[1:]):
         commandline.fail("there is no multirun here: experiment=[table1,pareto] does several in one run", PROGRAM)
     sys.argv[1:] = [commandline.as_typed(argument, PLAIN_TEXT, multirun=False) for argument in sys.argv[1:]]

@@ -1,5 +1,6 @@
 """What the programs share that Hydra configures: the words for its errors, and text taken as typed."""
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,14 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+def prepare() -> None:
+    """Have Hydra raise instead of printing and ending the process, and a terminal without Unicode get question marks
+    instead of a traceback."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
 
 
 def as_typed(argument: str, fields: Sequence[str], multirun: bool) -> str:
