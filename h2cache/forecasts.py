@@ -1,4 +1,4 @@
-"""What stands in for skipped features: a polynomial in the steps since they were last computed.
+"""What stands in for skipped features: a polynomial in the steps since they were last computed, or learned weights.
 
 Order 0 is plain reuse of what was last computed. Higher orders extrapolate with divided differences of the features F
 at the computed steps: `D_0 = F`, `D_{k+1} = (D_k - previous D_k) / (i - previous i)`. The bases differ only in the
@@ -25,13 +25,6 @@ class Forecast(Protocol):
 
     def coefficients(self, x: int) -> list[float]:
         """Those of D_0 .. D_order at x steps ahead."""
-
-
-class SteppedForecast(Forecast, Protocol):
-    """A basis of its own for each step of a run."""
-
-    def at(self, step: int) -> Forecast:
-        """That of `step`."""
 
 
 class FittedForecast(Forecast, Protocol):
@@ -110,69 +103,39 @@ class BackcastHermite(Hermite):
 
 
 @dataclass(frozen=True)
-class Fixed:
-    """The same coefficients however far ahead."""
-
-    values: tuple[float, ...]
-    first_difference: int = 0
-
-    @property
-    def order(self) -> int:
-        return len(self.values) - 1
-
-    def coefficients(self, x: int) -> list[float]:
-        return list(self.values)
-
-
-@dataclass(frozen=True)
 class WeightedHistory:
-    """Weights of their own, at each step, of the last `order + 1` computed features; they sum to one.
+    """Weights of their own, for every step of a run, of the last computed features; they sum to one.
 
-    `bases` holds them by step, in terms of the differences: these are small, so that adding them up in the features'
-    dtype rounds little, where weighted features would cancel.
+    `rows` has for each step None where it is computed, else the weights of all but the newest features, the newer ones
+    first and as many in each row: `F_0 + sum_k w_k (F_k - F_0)`, where F_0 is the newest.
     """
 
-    bases: tuple[tuple[int, Fixed], ...]
-    order: int
+    rows: tuple[tuple[float, ...] | None, ...]
     first_difference: int = 0
 
     @classmethod
-    def over(cls, computed: Sequence[int], weights: Mapping[int, Sequence[float]], history: int) -> "WeightedHistory":
-        """`weights` by step, newest first, where the steps `computed` are."""
-        bases = []
-        for step, values in weights.items():
-            before = [earlier for earlier in computed if earlier < step]
-            bases.append((step, Fixed(tuple(in_differences(values, before, history)))))
-        return cls(tuple(bases), history - 1)
+    def over(cls, steps: int, weights: Mapping[int, Sequence[float]], history: int) -> "WeightedHistory":
+        """`weights` of up to `history` features by step, newest first."""
+        padded = {step: (*values[1:], *[0.0] * (history - len(values))) for step, values in weights.items()}
+        return cls(tuple(padded.get(step) for step in range(steps)))
 
-    def at(self, step: int) -> Forecast:
-        return dict(self.bases)[step]
+    @property
+    def order(self) -> int:
+        """How many features before the newest one are needed."""
+        return max((len(row) for row in self.rows if row is not None), default=0)
 
-    def coefficients(self, x: int) -> list[float]:
-        raise TypeError("the coefficients of a weighted history depend on the step: ask for at(step)")
+    def skipped_after(self, step: int) -> range:
+        """The steps between a computed one and the next."""
+        end = step + 1
+        while end < len(self.rows) and self.rows[end] is not None:
+            end += 1
+        return range(step + 1, end)
 
-
-def in_differences(weights: Sequence[float], computed: Sequence[int], history: int) -> list[float]:
-    """The coefficients of D_0 .. that make what `weights` make of the last features, newest first.
-
-    `computed` are the steps at which features were computed, rising; differences are kept up to `history` of them.
-    """
-    rows: list[dict[int, float]] = []  # what D_0, D_1, ... are made of: features by the step they were computed at
-    for index, step in enumerate(computed):
-        fresh = [{step: 1.0}]
-        for old in rows[: history - 1]:
-            elapsed = step - computed[index - 1]
-            sources = fresh[-1].keys() | old.keys()
-            fresh.append({source: (fresh[-1].get(source, 0.0) - old.get(source, 0.0)) / elapsed for source in sources})
-        rows = fresh
-    missing = dict(zip(reversed(computed), weights, strict=False))
-    coefficients = [0.0] * len(rows)
-    for order in reversed(range(len(weights))):  # only D_order and higher ones reach back so far
-        oldest = computed[-1 - order]
-        coefficients[order] = missing.get(oldest, 0.0) / rows[order][oldest]
-        for source, share in rows[order].items():
-            missing[source] = missing.get(source, 0.0) - coefficients[order] * share
-    return coefficients[: len(weights)]
+    def table(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """(steps, order): the rows, on a device that nobody waits for."""
+        none = (0.0,) * self.order
+        rows = [none if row is None else row for row in self.rows]
+        return torch.tensor(rows, dtype=dtype).to(device, non_blocking=True)
 
 
 def inner_products(vectors: Sequence[Features]) -> Tensor:

@@ -83,7 +83,8 @@ class Context:
     timed: bool = False  # whether any call's timestep is known yet
     stages: dict[str, list[SampleMemory]] = field(default_factory=dict)
     modules: dict[int, list[Features]] = field(default_factory=dict)  # terms of outputs, (B, ...), by module
-    outputs: list[Features] = field(default_factory=list)  # terms of what the model returned, (B, ...)
+    outputs: Tensor | None = None  # the last that the model returned, newest first, (K, B, ...)
+    forecasts: dict[int, Tensor] = field(default_factory=dict)  # of what it would return, (B, ...), by step
     clusters: ClusterMemory | None = None
     _moments: tuple[Moment, ...] = ()  # of the two calls before
     _last_input: tuple[weakref.ref, float | None] | None = None
@@ -136,9 +137,12 @@ class Context:
     def tensors(self) -> Iterator[Tensor]:
         for memory in self.memories():
             yield from memory.tensors()
-        for terms in (*self.modules.values(), self.outputs):
+        for terms in self.modules.values():
             for outputs in terms:
                 yield from outputs
+        if self.outputs is not None:
+            yield self.outputs
+        yield from self.forecasts.values()
         if self.clusters is not None:
             yield from self.clusters.tensors()
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from .clusters import Clusters
 from .decisions import Rule
-from .forecasts import Forecast
+from .forecasts import Forecast, WeightedHistory
 from .probes import Probe
 
 
@@ -19,14 +19,14 @@ class Stage:
     forecast of its own output before its gate; only a rule that measures nothing can decide about that. `clusters`
     keeps the forecasts of their MLPs fresh.
 
-    With `output` the stage is the whole call of the model, and what is forecast is what the call returns; this, too, is
-    for rules that measure nothing, and the only stage of its method.
+    With `output` the stage is the whole call of the model, and what is forecast is what the call returns, by a
+    `WeightedHistory`; this, too, is for rules that measure nothing, and the only stage of its method.
     """
 
     name: str
     groups: tuple[str, ...]
     rule: Rule
-    forecast: Forecast
+    forecast: Forecast | WeightedHistory
     probe: Probe | None = None
     parent: str | None = None
     modules: bool = False
@@ -55,10 +55,6 @@ class Stage:
     def keeps_residuals(self) -> bool:
         """Whether what is remembered is what its blocks add to the streams."""
         return not (self.modules or self.output)
-
-    def forecast_at(self, step: int) -> Forecast:
-        """The forecast at a step: its own, where the forecast has one for each (`SteppedForecast`)."""
-        return self.forecast.at(step) if hasattr(self.forecast, "at") else self.forecast
 
     def order_at(self, step: int) -> int:
         """The order of the differences that are taken at a computed step."""

@@ -97,7 +97,7 @@ class Visit:
     def coefficients(self, step: int, sample: int) -> list[float]:
         """Of the forecast at `step`."""
         memory = self.memories[sample]
-        return (memory.fitted or self.stage.forecast_at(step)).coefficients(step - memory.computed_step)
+        return (memory.fitted or self.stage.forecast).coefficients(step - memory.computed_step)
 
     def stand_in(self, end: Streams, step: int, into: Streams | None = None) -> Streams:
         """The end of the stage: as computed, or as arrived plus the forecast residual. Written `into` a place, if one

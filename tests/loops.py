@@ -62,8 +62,7 @@ def denoising(
         if before_step is not None:
             before_step(step, call)
         with torch.no_grad():  # around the call only: a generator must not leave it on between its steps
-            velocity = transformer(**call)[0]
-            latents = latents + (times[step + 1] - times[step]) * velocity
+            latents = latents + (times[step + 1] - times[step]) * transformer(**call)[0]
         yield latents
 
 

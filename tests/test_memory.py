@@ -38,8 +38,10 @@ def documented_bytes(config: CacheConfig, rows: list, image: int, text: int, dty
 
     Per sample, branch and stage: features in the model's dtype, `order + 1` times when forecasting (one more with every
     computed step at which differences are taken, until then), and the reference in float32, pooled where the method
-    pools. Where the model is skipped, what it returned takes the features' place. With clusters also a label (int64)
-    for each token and the centroids (float32) of both streams.
+    pools. With clusters also a label (int64) for each token and the centroids (float32) of both streams.
+
+    Where the model is skipped, what it returned takes the features' place; with it the forecasts up to the next
+    computed step, until all are used, and from the first of them on a table of weights, `order` a step, in float32.
     """
     stages = {stage.name: stage for stage in config.compose()}
     computed: dict[tuple, list[int]] = {}
@@ -47,7 +49,7 @@ def documented_bytes(config: CacheConfig, rows: list, image: int, text: int, dty
         steps = computed.setdefault((row.context, row.sample, row.stage), [])
         if not row.decision.skips:
             steps.append(row.step)
-    total = 0
+    total, tables, now = 0, set(), rows[-1].step
     for (_, _, name), steps in computed.items():
         stage = stages[name]
         differences = sum(step >= stage.forecast.first_difference for step in steps[1:])
@@ -55,9 +57,13 @@ def documented_bytes(config: CacheConfig, rows: list, image: int, text: int, dty
         numbers = image * CHANNELS if stage.output else features(stage) * (image + text) * WIDTH
         total += terms * numbers * dtype.itemsize
         total += reference_bytes(config, stage, image, text)
+        if stage.output:
+            ahead = [stage.forecast.skipped_after(step) for step in steps]
+            total += len(ahead[-1]) * numbers * dtype.itemsize * (now < ahead[-1].stop - 1)
+            tables |= {len(stage.forecast.rows) * stage.forecast.order * 4} if any(ahead) else set()
         if stage.clusters is not None:
             total += (image + text) * 8 + 2 * config.clusters * WIDTH * 4
-    return total
+    return total + sum(tables)
 
 
 def features(stage: Stage) -> int:

@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from loops import attentions, blocks_of, denoise, denoising, position_ids
 from tiny import TEXT_TOKENS
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import h2cache
 from h2cache import Decision, Plan, PlanConfig
 from h2cache.conditions import Conditions
-from h2cache.forecasts import advance_terms, extrapolate, in_differences
+from h2cache.outputs import weighted
 
 # Eight steps, of which 0, 1, 3 and 6 are computed; weights are of the newest output first.
 WEIGHTS = {2: (1.6, -0.6), 4: (1.2, 0.3, -0.5), 5: (1.5, -0.2, -0.3), 7: (1.3, -0.4, 0.1)}
@@ -65,6 +66,35 @@ def test_a_skipped_step_runs_nothing_of_the_model(transformer):
     assert handle.summary()["computed_fraction"] == 0.5
     decisions = [row.decision for row in handle.trace]
     assert decisions[:4] == [Decision.WARMUP, Decision.COMPUTE, Decision.HIT, Decision.COMPUTE]
+
+
+class Operations(TorchDispatchMode):
+    """The names of the operations that calculate something, in order; views and constants are left out."""
+
+    FREE = ("select", "expand", "view", "slice", "unsqueeze", "unbind", "alias", "detach", "full", "promote_types")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.overloadpacket.__name__
+        self.names += [name] if name not in self.FREE else []
+        return operation(*args, **(kwargs or {}))
+
+
+def test_a_skipped_step_calculates_nothing_and_one_product_makes_the_forecasts_up_to_the_next(transformer):
+    steps = []
+    with h2cache.apply(transformer, PlanConfig(PLAN)):
+        run = denoising(transformer, steps=8)
+        for _ in range(8):
+            with Operations() as operations:
+                next(run)
+            steps.append(operations.names)
+    of_the_loop = ["sub", "mul", "add"]
+    assert [step for step, names in enumerate(steps) if names == of_the_loop] == [2, 4, 5, 7]
+    behind_the_model = ["cat", "new_empty", "sub", "addmm", "mul", "add"]
+    assert all(steps[step][-6:] == behind_the_model for step in (3, 6))  # before 1 the weights are sent to the device
 
 
 def test_computing_every_step_changes_no_bit(transformer):
@@ -128,12 +158,13 @@ def test_what_a_caller_does_to_an_output_is_not_remembered(transformer):
     assert all(torch.equal(a, b) for a, b in zip(clean, spoilt, strict=True))
 
 
-def test_it_holds_the_last_outputs_and_lets_them_go(transformer):
+def test_it_holds_the_last_outputs_and_what_it_forecasts_and_lets_them_go(transformer):
     run = denoising(transformer, steps=8, batch=2)
     with h2cache.apply(transformer, PlanConfig(PLAN)) as handle:
         for _ in range(7):
             next(run)
-        assert handle.held_bytes() == PLAN.history * 2 * 16 * 16 * 4  # outputs x images x tokens x channels x float32
+        output, weights = 2 * 16 * 16 * 4, PLAN.steps * 2 * 4  # images x tokens x channels x float32; two a step
+        assert handle.held_bytes() == (PLAN.history + 1) * output + weights  # one step is forecast ahead, the last
         run.close()
         assert handle.held_bytes() == 0
 
@@ -270,19 +301,13 @@ def test_resampling_gives_a_valid_plan_for_any_number_of_steps(steps):
     assert PLAN.resampled(steps).steps == steps
 
 
-@given(
-    gaps=st.lists(st.integers(1, 5), min_size=1, max_size=7),
-    history=st.integers(1, 4),
-    changes=st.lists(st.floats(-3, 3), min_size=3, max_size=3),
-)
-def test_weights_are_the_same_in_differences(gaps, history, changes):
-    computed = [sum(gaps[:index]) for index in range(len(gaps))]
-    features = [torch.randn(5, dtype=torch.float64) for _ in computed]
-    changes = changes[: min(history, len(computed)) - 1]
-    weights = [1 - sum(changes), *changes]
-    terms, before = [], 0
-    for step, feature in zip(computed, features, strict=True):
-        terms, before = advance_terms(terms, (feature,), step - before, history - 1), step
-    (forecast,) = extrapolate(terms, in_differences(weights, computed, history))
-    expected = sum(weight * feature for weight, feature in zip(weights, reversed(features), strict=False))
-    torch.testing.assert_close(forecast, expected)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@given(changes=st.lists(st.floats(-3, 3), min_size=3, max_size=3), known=st.integers(1, 4))
+def test_forecasts_are_weighted_sums_of_the_outputs_there_are(dtype, changes, known):
+    history = torch.randn(known, 2, 3, 5, dtype=dtype)
+    rows = torch.tensor([changes, [0.0, 0.0, 0.0]], dtype=dtype)
+    weights = [1 - sum(changes[: known - 1]), *changes[: known - 1]]
+    made = weighted(history, rows)
+    expected = sum(weight * output for weight, output in zip(weights, history, strict=True))
+    torch.testing.assert_close(made[0], expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(made[1], history[0]) and made.dtype == dtype
