@@ -16,7 +16,7 @@ from PIL import Image, ImageFilter
 
 from eval.reader import CLASSES, decode
 from eval.signs import WINDOW
-from tools.flux_mini import attributes, evaluate, prompts, reader
+from tools.flux_mini import attributes, evaluate, prompts, reader, text, vae
 from tools.flux_mini.attributes import Attributes
 from tools.flux_mini.scenes import (
     COLOURS,
@@ -47,6 +47,13 @@ STOP = Scene("octagonal sign", "red", "STOP", "white", "straight", "bold", "plai
 def some_scenes(count: int, seed: int = 0, word: str | None = None) -> list[Scene]:
     rng = random.Random(seed)
     return [random_scene(rng, word) for _ in range(count)]
+
+
+def test_the_tokenizers_are_the_same_whenever_they_are_built():
+    """A stage that goes on in another process must give its words the same numbers."""
+    for build in (text.build_t5_tokenizer, text.build_clip_tokenizer):
+        once, again = build().get_vocab(), build().get_vocab()
+        assert once == again and sorted(once.values()) == list(range(len(once)))
 
 
 # The grammar
@@ -148,6 +155,24 @@ def test_letters_stand_where_their_boxes_say(shape, layout):
     for letter in letters:
         cell = cells[int(letter.y) // LETTER_GRID, int(letter.x) // LETTER_GRID]
         assert string.ascii_uppercase[cell - 1] == letter.character
+
+
+def test_the_autoencoder_sees_letters_and_their_pixels_count_more():
+    pixels, weights = vae.crops(random.Random(0), 40)
+    assert pixels.shape == (40, 3, 64, 64) and weights.shape == (40, 1, 64, 64)
+    heavy = weights > 1
+    assert set(weights.unique().tolist()) == {1, 1 + vae.LETTER_WEIGHT}
+    assert heavy[::2].flatten(1).any(dim=1).all()  # every other crop is around a letter
+    steps = (pixels[..., 1:] - pixels[..., :-1]).abs().mean(dim=1, keepdim=True)
+    assert steps[heavy[..., 1:]].mean() > 3 * steps[~heavy[..., 1:]].mean()  # that is where the edges are
+
+
+def test_the_losses_of_the_autoencoder_are_weighted_means():
+    pixels = torch.zeros(1, 1, 2, 2)
+    reconstruction, weights = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]]), torch.tensor([[[[1.0, 3.0], [2.0, 1.0]]]])
+    l1, edge = vae.pixel_losses(reconstruction, pixels, weights)
+    assert l1.item() == 1 / 4
+    assert edge.item() == 2 / 2 + 3 / 2  # down from the bright pixel, and across from it
 
 
 def test_letters_of_any_scene_lie_within_the_image():

@@ -1,4 +1,4 @@
-"""Stage 7: the model card, with loss curves and a contact sheet of held-out prompts, all read from logs and made
+"""Stage 6: the model card, with loss curves and a contact sheet of held-out prompts, all read from logs and made
 anew."""
 
 import csv
@@ -21,7 +21,6 @@ import matplotlib.pyplot as plt
 
 CURVES = (
     ("vae.csv", "psnr", "VAE: PSNR, dB"),
-    ("decoder.csv", "psnr", "decoder: PSNR, dB"),
     ("transformer.csv", "loss", "flow loss"),
     ("distilled.csv", "loss", "distillation loss"),
 )
@@ -133,7 +132,6 @@ def write_card(work: Path, folder: Path) -> None:
     stages = []
     for stage, name, log, column, unit in (
         ("vae", "autoencoder, on 64x64 crops", "vae.csv", "psnr", "dB PSNR on held-out scenes"),
-        ("decoder", "decoder alone", "decoder.csv", "psnr", "dB PSNR on held-out scenes"),
         ("transformer", "transformer and text encoders", "transformer.csv", "loss", "flow loss"),
         ("distill", "guidance distillation", "distilled.csv", "loss", "squared distance to the guided pair"),
     ):

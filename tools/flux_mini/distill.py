@@ -1,4 +1,4 @@
-"""Stage 5: guidance distillation (arXiv 2210.03142), so that one call stands for a guided pair, as in FLUX.1-dev.
+"""Stage 4: guidance distillation (arXiv 2210.03142), so that one call stands for a guided pair, as in FLUX.1-dev.
 
 The student starts as the teacher and learns `u + w (c - u)` for the guidance w that its guidance embedding is told,
 where c and u are the teacher's velocities with and without the caption. Text encoders stay as they are.

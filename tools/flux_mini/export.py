@@ -1,4 +1,4 @@
-"""Stage 6: the trained parts as a diffusers `FluxPipeline` folder in float16."""
+"""Stage 5: the trained parts as a diffusers `FluxPipeline` folder in float16."""
 
 import argparse
 import json
@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
-from . import decoder
+from . import vae as autoencoder
 from .transformer import SHIFT, TOKENS, load
 
 
 def build_pipeline(work: Path, checkpoint: str) -> FluxPipeline:
     """The pipeline of a transformer checkpoint in `work`, float32."""
     meta = json.loads((work / "latents.json").read_text())
-    vae = decoder.load(work)
+    vae = autoencoder.load(work)
     vae.register_to_config(shift_factor=meta["shift_factor"], scaling_factor=meta["scaling_factor"])
     denoiser = load(work / checkpoint).eval().requires_grad_(False)
     return FluxPipeline(

@@ -50,9 +50,13 @@ def build_clip_tokenizer() -> CLIPTokenizer:
     pieces = [" ".join(re.findall(r"[a-z]+|[^\sa-z]+", text.lower())) for text in corpus()]
     tokenizer.train_from_iterator(pieces, trainer)
     vocabulary = tokenizer.get_vocab()
-    # CLIP closes every word with </w>; a character that no caption ends with needs its closed form as well.
-    for character in sorted(pre_tokenizers.ByteLevel.alphabet()):
-        vocabulary.setdefault(f"{character}</w>", len(vocabulary))
+    # CLIP closes every word with </w>. The trainer numbers the closed characters as its hash table has them, another
+    # way in every process, and leaves out those that no caption ends with.
+    closed = sorted(f"{character}</w>" for character in pre_tokenizers.ByteLevel.alphabet())
+    found = [token for token in closed if token in vocabulary]
+    vocabulary |= dict(zip(found, sorted(vocabulary[token] for token in found), strict=True))
+    for token in closed:
+        vocabulary.setdefault(token, len(vocabulary))
     merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CLIP_LENGTH)
 

@@ -1,4 +1,4 @@
-"""Stage 4: the transformer with its text encoders, trained from scratch and together by rectified flow.
+"""Stage 3: the transformer with its text encoders, trained from scratch and together by rectified flow.
 
 `x_t = (1 - t) x_0 + t noise`, target `noise - x_0`; t is logit-normal under the shift that sampling uses at 64 tokens
 (arXiv 2403.03206). Matrices are trained by Muon, everything else by AdamW. Where the letters belong is taught beside
@@ -192,7 +192,7 @@ def load(checkpoint: Path) -> Denoiser:
 
 
 def main() -> None:
-    options = stage_options(__doc__, steps=8400, batch=48, learning_rate=2e-3)
+    options = stage_options(__doc__, steps=12_000, batch=48, learning_rate=2e-3)
     with attention(options.device):
         train(options.work, options.steps, options.batch, options.learning_rate, options.seed, options.device)
 

@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 
-from .scenes import SIZE, draw, random_scene
+from .scenes import SIZE, Letter, draw, letter_boxes, letter_map, random_scene
 from .training import Log, advance, cosine, resume, save, set_rate, stage_options
 
 CROP = 64
 EDGE_WEIGHT = 1.0
+LETTER_WEIGHT = 2.0
 KL_WEIGHT = 3e-4
 
 
@@ -44,29 +46,48 @@ def edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x[..., 1:, :] - x[..., :-1, :], x[..., :, 1:] - x[..., :, :-1]
 
 
-def crops(rng: random.Random, count: int) -> torch.Tensor:
-    """(count, 3, 64, 64): two crops a scene, one around the word and one anywhere."""
-    pieces = []
-    while len(pieces) < count:
-        image = draw(random_scene(rng))
-        x, y = rng.randint(8, 56), rng.randint(0, 44)
-        pieces.append(image.crop((x, y, x + CROP, y + CROP)))
-        x, y = rng.randint(0, SIZE - CROP), rng.randint(0, SIZE - CROP)
-        pieces.append(image.crop((x, y, x + CROP, y + CROP)))
-    return to_pixels(pieces[:count])
+def crops(rng: random.Random, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(count, 3, 64, 64) pixels, two crops a scene, one around a letter of its word and one anywhere, and the
+    (count, 1, 64, 64) weights of those pixels in the loss: `1 + LETTER_WEIGHT` in the cells that a letter covers."""
+    images, covered = [], []
+    while len(images) < count:
+        scene = random_scene(rng)
+        image, letters = draw(scene), letter_map(scene).resize((SIZE, SIZE), Image.Resampling.NEAREST)
+        letter = rng.choice(letter_boxes(scene))
+        for box in (_box_around(letter, rng), _box_anywhere(rng)):
+            images.append(image.crop(box))
+            covered.append(np.asarray(letters.crop(box)) > 0)
+    weights = 1 + LETTER_WEIGHT * torch.from_numpy(np.stack(covered[:count])).float().unsqueeze(1)
+    return to_pixels(images[:count]), weights
 
 
-def pixel_losses(reconstruction: torch.Tensor, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """L1, and L1 of the horizontal and vertical differences."""
-    l1 = (reconstruction - pixels).abs().mean()
-    edge = sum((a - b).abs().mean() for a, b in zip(edges(reconstruction), edges(pixels), strict=True))
-    return l1, edge
+def _box_around(letter: Letter, rng: random.Random) -> tuple[int, int, int, int]:
+    """Of a crop that has the middle of the letter in its own middle half, as far as the picture allows."""
+    x, y = (round(at) - rng.randint(CROP // 4, 3 * CROP // 4) for at in (letter.x, letter.y))
+    x, y = (min(max(0, start), SIZE - CROP) for start in (x, y))
+    return x, y, x + CROP, y + CROP
 
 
-def loss_terms(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _box_anywhere(rng: random.Random) -> tuple[int, int, int, int]:
+    x, y = rng.randint(0, SIZE - CROP), rng.randint(0, SIZE - CROP)
+    return x, y, x + CROP, y + CROP
+
+
+def pixel_losses(
+    reconstruction: torch.Tensor, pixels: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted L1, and weighted L1 of the horizontal and vertical differences."""
+    l1 = (weights * (reconstruction - pixels).abs()).mean()
+    by_axis = zip(edges(reconstruction), edges(pixels), (weights[..., 1:, :], weights[..., 1:]), strict=True)
+    return l1, sum((w * (a - b).abs()).mean() for a, b, w in by_axis)
+
+
+def loss_terms(
+    vae: AutoencoderKL, pixels: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The pixel losses, and KL in nats per latent element."""
     posterior = vae.encode(pixels).latent_dist
-    l1, edge = pixel_losses(vae.decode(posterior.sample()).sample.float(), pixels)
+    l1, edge = pixel_losses(vae.decode(posterior.sample()).sample.float(), pixels, weights)
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     return l1, edge, kl
@@ -100,9 +121,10 @@ def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int, d
     log = Log(work / "vae.csv", ("l1", "edge", "kl", "psnr", "psnr_letters"), start)
     for step in range(start, steps):
         set_rate(optims, learning_rate * cosine(step, steps))
-        pixels = crops(random.Random(f"{seed}-{step}"), batch).to(device, memory_format=torch.channels_last)
+        pixels, weights = crops(random.Random(f"{seed}-{step}"), batch)
+        pixels = pixels.to(device, memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16):
-            l1, edge, kl = loss_terms(vae, pixels)
+            l1, edge, kl = loss_terms(vae, pixels, weights.to(device))
         (l1 + EDGE_WEIGHT * edge + KL_WEIGHT * kl).backward()
         advance(optims, vae.parameters())
         if (step + 1) % 200 == 0 or step + 1 == steps:
@@ -119,7 +141,7 @@ def load(work: Path) -> AutoencoderKL:
 
 
 def main() -> None:
-    options = stage_options(__doc__, steps=2850, batch=24, learning_rate=1e-3)
+    options = stage_options(__doc__, steps=5000, batch=24, learning_rate=1e-3)
     train(options.work, options.steps, options.batch, options.learning_rate, options.seed, options.device)
 
 
