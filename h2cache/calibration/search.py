@@ -2,46 +2,52 @@
 
 import math
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 Steps = tuple[int, ...]
+Candidate = TypeVar("Candidate")
 WARPS = (1.0, 1.3, 1.6, 2.0)  # of the first schedules: 1 is even, more computes the early steps more densely
 
 
-@dataclass
-class Search:
-    """`score(computed)`, larger is better, is asked as rarely as possible. Everything follows from `seed`."""
+class Ascent(ABC, Generic[Candidate]):
+    """Looks for the candidate with the largest `score`, which is asked as rarely as possible. Everything follows from
+    `seed`. Annealing goes from `hottest` to `coldest`, in the unit of the score."""
 
-    steps: int
-    count: int
-    score: Callable[[Steps], float]
+    score: Callable[[Candidate], float]
     seed: int
-    hottest: float = 1.0  # of the annealing, in the unit of the score
-    coldest: float = 0.1
+    hottest: float
+    coldest: float
 
-    def start(self) -> Steps:
-        """The best of a few smooth schedules."""
-        return max((warped(self.steps, self.count, power) for power in WARPS), key=self.score)
+    @abstractmethod
+    def moved(self, current: Candidate, chance: random.Random) -> Candidate | None:
+        """A random neighbour; None where the draw leads nowhere."""
 
-    def anneal(self, current: Steps, rounds: int) -> Steps:
+    @abstractmethod
+    def neighbours(self, current: Candidate) -> Iterator[Candidate]:
+        """What climbing tries, in this order."""
+
+    def anneal(self, current: Candidate, rounds: int) -> Candidate:
         """The best of what `rounds` random moves from `current` come upon."""
         chance = random.Random(self.seed)
         value = self.score(current)
-        best = value, current
+        best, highest = current, value
         for turn in range(rounds):
             heat = self.hottest * (self.coldest / self.hottest) ** (turn / rounds)
-            candidate = self._moved(current, chance)
+            candidate = self.moved(current, chance)
             luck = chance.random()
             if candidate is None:
                 continue
             tried = self.score(candidate)
             if tried >= value or luck < math.exp((tried - value) / heat):
                 value, current = tried, candidate
-                best = max(best, (value, current))
-        return best[1]
+                if value > highest:
+                    best, highest = current, value
+        return best
 
-    def climb(self, current: Steps, rounds: int) -> Steps:
+    def climb(self, current: Candidate, rounds: int) -> Candidate:
         """Take every better neighbour, until there is none or `rounds` have been asked."""
         asked, value = 0, self.score(current)
         improved = True
@@ -57,7 +63,23 @@ class Search:
                     break
         return current
 
-    def _moved(self, current: Steps, chance: random.Random) -> Steps | None:
+
+@dataclass
+class Search(Ascent[Steps]):
+    """For `count` of `steps` steps; `score(computed)`."""
+
+    steps: int
+    count: int
+    score: Callable[[Steps], float]
+    seed: int
+    hottest: float = 1.0
+    coldest: float = 0.1
+
+    def start(self) -> Steps:
+        """The best of a few smooth schedules."""
+        return max((warped(self.steps, self.count, power) for power in WARPS), key=self.score)
+
+    def moved(self, current: Steps, chance: random.Random) -> Steps | None:
         """One computed step, not the first, moved by up to three; None where it meets another or leaves the run."""
         if len(current) == 1:
             return None
