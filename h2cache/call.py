@@ -12,7 +12,7 @@ from .streams import BlockCall
 from .visit import Visit
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Place:
     """Where a block stands in its stage, and how it is called."""
 
@@ -23,7 +23,7 @@ class Place:
     regroups: bool = False  # what the block returns is clustered anew
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ModulePlace:
     """Where a module inside a block stands: its key in the memory, and what may be done with it."""
 
@@ -59,7 +59,7 @@ class Method:
     output: Place | None = None  # of the stage that is the whole call, if there is one
 
 
-@dataclass
+@dataclass(slots=True)
 class Call:
     """One call of the denoiser, as far as it has come."""
 
@@ -68,11 +68,8 @@ class Call:
     run: Run
     context: Context
     moment: Moment
+    text_tokens: int
     visits: dict[str, Visit] = field(default_factory=dict)
-
-    @property
-    def text_tokens(self) -> int:
-        return self.denoising.encoder_hidden_states.shape[1]
 
     def set_time(self, timestep: float, runs: Runs) -> bool:
         """Take note of the call's timestep. True where it shows that the context's memory is of a run before."""

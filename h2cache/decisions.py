@@ -16,9 +16,8 @@ class Decision(StrEnum):
     HIT = "hit"  # skipped: changed less than the threshold, or the schedule says so
     FORCED = "forced"  # skipped: an earlier stage of this call was skipped for this sample
 
-    @property
-    def skips(self) -> bool:
-        return self in (Decision.HIT, Decision.FORCED)
+    def __init__(self, reason: str):
+        self.skips = reason in ("hit", "forced")
 
 
 class Rule(Protocol):
@@ -101,7 +100,7 @@ class Accumulated:
             return Decision.COMPUTE, None
         memory.accumulated += self.rescaled(difference)
         hit = memory.accumulated < self.threshold and self.threshold >= 0
-        if self.num_steps is None and context.ends_with(moment):
+        if hit and self.num_steps is None and context.ends_with(moment):
             hit = False
         return Decision.HIT if hit else Decision.COMPUTE, memory.accumulated
 

@@ -82,6 +82,8 @@ class Engine:
 
     def _method_under(self, conditions: Conditions) -> Method:
         """The method as a run under these conditions wants it."""
+        if not self.method.config.depends_on_run:
+            return self.method
         if conditions not in self._variants:
             adapted = self.method.config.for_run(conditions)
             self._variants[conditions] = self.method if adapted is self.method.config else self._laid_out(adapted)
@@ -163,23 +165,26 @@ class Engine:
         if place is None:
             return proceed(*args, **kwargs)
         image, text = call.denoising.hidden_states, call.denoising.encoder_hidden_states
-        return predict(call, self._decide(call, place, {}, Streams(image, text), None), proceed, args, kwargs)
+        visit = self._judge.decide(call, place, {}, Streams(image, text), None)
+        return predict(call, visit, proceed, args, kwargs)
 
     def _open(self, denoising: Denoising) -> Call:
         image = denoising.hidden_states
-        key = (tuple(image.shape), image.dtype, image.device)
+        key = (image.shape, image.dtype, image.device)
         run = self.runs.find(denoising.img_ids, key)
         # Asked once a run: what a pipeline says may change before its run ends.
-        conditions = run.conditions if run is not None else self._conditions(image.shape[1])
+        conditions = run.conditions if run is not None else self._conditions(image.size(1))
         method = self._method_under(conditions)
         if run is None or run.stages != method.remembers:
             run = self.runs.begin(denoising.img_ids, key, method.remembers, conditions)
-        timestep = denoising.timestep.reshape(-1)[:1]
+        timestep = denoising.timestep.reshape(-1)
         known = timestep.tolist()[0] if on_host(timestep) else None
         context = run.context(denoising.branch, image, known)
-        call = Call(method, denoising, run, context, Moment(timestep, self.adapter.timestep_scale))
+        # All of a batch have the same timestep, of which one is kept.
+        moment = Moment(timestep[:1] if known is None else known, self.adapter.timestep_scale)
+        call = Call(method, denoising, run, context, moment, text_tokens=denoising.encoder_hidden_states.size(1))
         if known is None:
-            run.unread.append(call.moment)
+            run.unread.append(moment)
         else:
             call.set_time(known, self.runs)
         call.context.note_input(image, known)
@@ -203,12 +208,20 @@ class Engine:
         place = call.method.places.get(block) if call else None
         if place is None:
             return proceed(*args, **kwargs)
-        arguments = place.call.bind(args, kwargs)
+        arguments = place.call.bind(args, kwargs) if args else kwargs
         if place.stage.modules:
             return self._go_through(call, place, block, arguments)
         if place.index == 0:
-            return self._enter(call, place, proceed, arguments)
-        return self._pass(call, place, call.visits[place.stage.name], proceed, arguments)
+            if place.stage.runs_first_block:
+                return self._look_behind(call, place, proceed, arguments)
+            self._judge.decide(call, place, arguments, place.call.read(arguments, call.text_tokens), None)
+        visit = call.visits[place.stage.name]
+        if not place.is_last:
+            if not visit.computed:
+                return place.call.untouched(arguments)
+            if visit.rows is None and not call.denoising.adds_between_blocks:
+                return proceed(**arguments)
+        return self._go_on(call, place, visit, proceed, arguments)
 
     def _module(self, module: torch.nn.Module, proceed: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """One call of a module inside a block."""
@@ -224,24 +237,17 @@ class Engine:
                 "blocks instead, with transformer.compile_repeated_blocks(), or remove the cache first"
             )
 
-    def _enter(self, call: Call, place: Place, proceed: Callable, arguments: dict[str, Any]) -> Any:
-        """Decide about the stage: before its first block, or about the others after it."""
+    def _look_behind(self, call: Call, place: Place, proceed: Callable, arguments: dict[str, Any]) -> Any:
+        """Run the first block of a stage, and decide about the others by what it did."""
         before = place.call.read(arguments, call.text_tokens)
-        if not place.stage.runs_first_block:
-            visit = self._decide(call, place, arguments, before, None)
-            return self._pass(call, place, visit, proceed, arguments)
         output = proceed(**arguments)
         after = place.call.parse(output, call.text_tokens)
         if call.denoising.adds_between_blocks:
             after = place.call.kept(after)
-        visit = self._decide(call, place, arguments, before, after)
+        visit = self._judge.decide(call, place, arguments, before, after)
         if place.is_last:
             visit.remember(after, call.context.step)
         return output
-
-    def _decide(self, call: Call, place: Place, arguments: dict[str, Any], *around: Streams | None) -> Visit:
-        visit = call.visits[place.stage.name] = self._judge.decide(call, place, arguments, *around)
-        return visit
 
     def _go_through(self, call: Call, place: Place, block: torch.nn.Module, arguments: dict[str, Any]) -> Any:
         """Run a block whose modules are skipped, uncompiled: compiled code would not stop at its modules."""
@@ -249,7 +255,7 @@ class Engine:
             streams = place.call.read(arguments, call.text_tokens)
             if place.stage.clusters is not None:
                 place.stage.clusters.check(min(tokens.shape[1] for tokens in streams))
-            self._decide(call, place, arguments, streams, None)
+            self._judge.decide(call, place, arguments, streams, None)
         visit = call.visits[place.stage.name]
         output = plain(block)._call_impl(**arguments)
         if visit.computed:
@@ -258,15 +264,6 @@ class Engine:
             if place.is_last:
                 visit.remember(visit.anchor, call.context.step)
         return output
-
-    def _pass(self, call: Call, place: Place, visit: Visit, proceed: Callable, arguments: dict[str, Any]) -> Any:
-        """Leave a block out, or run it for the samples that need it."""
-        if not place.is_last:
-            if not visit.computed:
-                return place.call.untouched(arguments)
-            if visit.rows is None and not call.denoising.adds_between_blocks:
-                return proceed(**arguments)
-        return self._go_on(call, place, visit, proceed, arguments)
 
     def _go_on(self, call: Call, place: Place, visit: Visit, proceed: Callable, arguments: dict[str, Any]) -> Any:
         """Run a block for the samples that need it; at the stage's last block, give the others their forecast."""
@@ -288,7 +285,8 @@ class Engine:
             visit.returned = place.call.kept(end) if call.denoising.adds_between_blocks else end
         if not place.is_last:
             return output
-        visit.remember(end, call.context.step)
+        if visit.computed:
+            visit.remember(end, call.context.step)
         if len(visit.computed) == len(visit.decisions):
             return output
         return place.call.result(visit.stand_in(end, call.context.step, into=place.call.room(end)))

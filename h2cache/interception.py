@@ -25,15 +25,11 @@ class Interception:
         self._compiled: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.handler(self.proceed, args, kwargs)
+        return self.handler(self._compiled or self.module._call_impl, args, kwargs)
 
     def __bool__(self) -> bool:
         """Whether the module is compiled: others ask the slot this question (PEFT, before it swaps adapters)."""
         return self._compiled is not None
-
-    @property
-    def proceed(self) -> Callable[..., Any]:
-        return self._compiled or self.module._call_impl
 
     def attach(self) -> None:
         """Take the slot. Idempotent; a `Module.compile` that came after the last `attach` is wrapped, not lost."""

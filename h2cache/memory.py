@@ -117,7 +117,7 @@ class Context:
         """
         if len(self._moments) < 2:
             return False
-        first, second, third = (float(moment) for moment in (*self._moments, now))
+        first, second, third = map(float, (*self._moments, now))
         if not first > second > 1.03 * third > 0:
             return False
         return (1 / third - 1 / second) / (1 / second - 1 / first) > 2.5
@@ -128,7 +128,9 @@ class Context:
         self._moments = (*self._moments, moment)[-2:]
 
     def stage(self, name: str, batch: int) -> list[SampleMemory]:
-        return self.stages.setdefault(name, [SampleMemory() for _ in range(batch)])
+        if name not in self.stages:
+            self.stages[name] = [SampleMemory() for _ in range(batch)]
+        return self.stages[name]
 
     def memories(self) -> Iterator[SampleMemory]:
         for samples in self.stages.values():

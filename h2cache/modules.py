@@ -13,6 +13,7 @@ from torch import Tensor
 from .call import Call, ModulePlace
 from .clusters import ClusterMemory
 from .forecasts import Features, advance_terms, extrapolate
+from .graph import outside_graph
 from .streams import Streams
 from .visit import Visit
 
@@ -31,7 +32,7 @@ def answer(call: Call, place: ModulePlace, proceed: Callable, args: tuple, kwarg
     return _forecast(call, place, visit, proceed, given)
 
 
-@torch.no_grad()
+@outside_graph
 def _remember(call: Call, place: ModulePlace, visit: Visit, output: Tensor | tuple[Tensor, ...]) -> None:
     # Without its graph: what is forecast later has no gradient.
     outputs = tuple(part.detach() for part in ((output,) if isinstance(output, Tensor) else output))
@@ -62,7 +63,7 @@ def _rows(features: Features, sample: int) -> Features:
     return tuple(tensor[sample : sample + 1] for tensor in features)
 
 
-@torch.no_grad()
+@outside_graph
 def regroup(call: Call, visit: Visit, streams: Streams) -> None:
     """Cluster the tokens of a computed step anew."""
     if call.context.clusters is None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .call import Call
 from .forecasts import WeightedHistory
+from .graph import outside_graph
 from .visit import Visit
 
 
@@ -26,7 +27,7 @@ def predict(call: Call, visit: Visit, proceed: Callable, args: tuple, kwargs: di
     return output
 
 
-@torch.no_grad()
+@outside_graph
 def _remember(call: Call, forecast: WeightedHistory, output: Tensor) -> None:
     """Keep an output, and make the forecasts of all steps up to the next computed one."""
     context = call.context

@@ -31,7 +31,7 @@ def summarize(features: Tensor, target: int | None) -> Tensor:
 
 def deviation(reference: Tensor, current: Tensor) -> Tensor:
     """`[mean|reference - current|, mean|reference|]`, shape (2,), on the device; relL1 is their quotient."""
-    return torch.stack([(reference - current).abs().mean(), reference.abs().mean()])
+    return torch.stack([(reference - current).abs_().mean(), reference.abs().mean()])
 
 
 def observe(
@@ -68,10 +68,10 @@ def _alike(after: Sequence[Tensor], before: Sequence[Tensor]) -> bool:
     )
 
 
-def relative_l1(deviations: list[list[float]]) -> float:
+def relative_l1(deviations: Sequence[Sequence[float]]) -> float:
     """relL1 of one sample, or of several taken as one tensor: the quotient of summed means.
 
     NaN when it is undefined (zero or non-finite reference, non-finite current), and NaN is below no threshold.
     """
-    difference, magnitude = (sum(column) for column in zip(*deviations, strict=True))
+    difference, magnitude = map(sum, zip(*deviations, strict=True))
     return difference / magnitude if magnitude > 0 else float("nan")

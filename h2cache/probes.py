@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -10,8 +10,7 @@ from .pfs import observe
 from .streams import Streams
 
 
-@dataclass(frozen=True)
-class Glimpse:
+class Glimpse(NamedTuple):
     """What a probe may look at, for one sample of the batch.
 
     `before` and `after` are the streams around the stage's first block; `after` is None for a probe that does not need

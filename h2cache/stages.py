@@ -1,6 +1,7 @@
 """A method, as data: which runs of blocks can be skipped, what is watched, what decides, what stands in."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from .clusters import Clusters
 from .decisions import Rule
@@ -36,22 +37,24 @@ class Stage:
     def __post_init__(self) -> None:
         if self.output and (self.modules or self.probe is not None or self.parent is not None):
             raise ValueError(f"stage {self.name!r}: only a rule that measures nothing decides about the model's output")
+        if self.output is not isinstance(self.forecast, WeightedHistory):
+            raise ValueError(f"stage {self.name!r}: a WeightedHistory forecasts the model's output, and only that")
         if self.modules and (self.probe is not None or self.parent is not None):
             raise ValueError(f"stage {self.name!r}: only a rule that measures nothing decides about modules")
         if self.clusters is not None and not self.modules:
             raise ValueError(f"stage {self.name!r}: clusters refresh the forecasts of modules: set modules=True")
 
-    @property
+    @cached_property
     def runs_first_block(self) -> bool:
         """Whether the first block runs at every step, because the probe needs what it returns."""
         return self.probe is not None and self.probe.after_first_block
 
-    @property
+    @cached_property
     def fits(self) -> bool:
         """Whether the forecast learns from what is computed (`FittedForecast`)."""
         return hasattr(self.forecast, "fitted")
 
-    @property
+    @cached_property
     def keeps_residuals(self) -> bool:
         """Whether what is remembered is what its blocks add to the streams."""
         return not (self.modules or self.output)

@@ -16,6 +16,8 @@ class Streams(NamedTuple):
 
     def row(self, sample: int) -> "Streams":
         """One sample of the batch, as views of shape (1, N, D) and (1, M, D)."""
+        if self.hidden_states.size(0) == 1:
+            return self
         return Streams(self.hidden_states[sample : sample + 1], self.encoder_hidden_states[sample : sample + 1])
 
 
@@ -76,11 +78,12 @@ class _FluxCall:
         self.onload = onload
 
     def bind(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        return kwargs if not args else dict(zip(self.names, args, strict=False)) | kwargs
+        return dict(zip(self.names, args, strict=False)) | kwargs
 
     def modulated(self, arguments: dict[str, Any], sample: int) -> Tensor:
-        row = slice(sample, sample + 1)
-        hidden_states, temb = arguments["hidden_states"][row], arguments["temb"][row]
+        hidden_states, temb = arguments["hidden_states"], arguments["temb"]
+        if hidden_states.size(0) > 1:
+            hidden_states, temb = hidden_states[sample : sample + 1], temb[sample : sample + 1]
         self.onload(self.block)  # its norm may be offloaded with it, and it has not been called yet
         return self.block.norm1(hidden_states, emb=temb)[0]
 
@@ -101,7 +104,7 @@ class JointCall(_FluxCall):
     def read(self, arguments: dict[str, Any], text_tokens: int) -> Streams:
         image, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
         # One text for all images, such as a lone negative prompt, comes as a batch of one and leaves the block as many.
-        return Streams(image, text if len(text) == len(image) else text.expand(len(image), -1, -1))
+        return Streams(image, text if text.size(0) == image.size(0) else text.expand(image.size(0), -1, -1))
 
     def parse(self, output: tuple[Tensor, Tensor], text_tokens: int) -> Streams:
         return Streams(output[1], output[0])

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from .decisions import Decision
 from .forecasts import Features, advance_terms, extrapolate, inner_products
+from .graph import outside_graph
 from .memory import SampleMemory
 from .stages import Stage
 from .streams import Streams, join_rows
 
 
-@dataclass
+@dataclass(slots=True)
 class Visit:
     """`anchor` are the streams before the first block that can be skipped, from which residuals are counted."""
 
@@ -31,7 +32,7 @@ class Visit:
     def __post_init__(self) -> None:
         self.returned = self.anchor
 
-    def settle(self, probes: list[Tensor | None], compared: dict[int, list[float]]) -> None:
+    def settle(self, probes: dict[int, Tensor], compared: dict[int, tuple[float, float]]) -> None:
         """Follow the decisions: count the skips, and let the probe of every computed sample become its reference.
 
         `compared` holds mean|reference - probe| and mean|reference| of the samples that were compared. Their references
@@ -41,11 +42,11 @@ class Visit:
             if decision.skips:
                 memory.consecutive_hits += 1
                 if self.stage.rule.follows:
-                    memory.reference = probes[sample]
+                    memory.reference = probes.get(sample)
                 continue
             memory.consecutive_hits, memory.accumulated = 0, 0.0
             self.computed.append(sample)
-            if probes[sample] is None:
+            if sample not in probes:
                 continue
             if sample not in compared:
                 memory.remember_unseen(probes[sample])
@@ -66,7 +67,7 @@ class Visit:
                 addition = now - left
                 self.added[i] = addition if self.added[i] is None else self.added[i] + addition
 
-    @torch.no_grad()
+    @outside_graph
     def remember(self, end: Streams, step: int) -> None:
         """Keep the residual of every computed sample, and with it the differences that forecasts need."""
         for sample in self.computed:
@@ -102,9 +103,9 @@ class Visit:
     def stand_in(self, end: Streams, step: int, into: Streams | None = None) -> Streams:
         """The end of the stage: as computed, or as arrived plus the forecast residual. Written `into` a place, if one
         is given."""
-        rows, batch = [], len(self.memories)
+        rows = []
         for sample, (memory, decision) in enumerate(zip(self.memories, self.decisions, strict=True)):
-            row, place = (s.row(sample) if s is not None and batch > 1 else s for s in (end, into))
+            row, place = end.row(sample), None if into is None else into.row(sample)
             if decision.skips:
                 row = Streams(*extrapolate(memory.terms, self.coefficients(step, sample), base=row, into=place))
             elif place is not None:

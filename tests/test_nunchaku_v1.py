@@ -5,7 +5,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -18,14 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import h2cache
 from baselines import BlockCacheConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
-from h2cache import H2CacheConfig
+from h2cache import H2CacheConfig, Plan, PlanConfig
 from h2cache.adapters import find_adapter
 from h2cache.adapters.diffusers_flux import DiffusersFlux
 from h2cache.adapters.nunchaku_flux import NunchakuFluxV1, NunchakuFluxV2
-from h2cache.decisions import Interval
-from h2cache.forecasts import Taylor
+from h2cache.conditions import Conditions
 from h2cache.judge import Judge
-from h2cache.stages import Stage
 
 every_method = pytest.mark.parametrize("config", STAGED)
 kinds = pytest.mark.parametrize("config", [method for method in STAGED if method in KINDS])
@@ -96,16 +93,9 @@ def test_a_schedule_asks_for_nothing_where_it_skips(v1):
     assert steps == [[] if skip else ["d0", "d1", "s0", "s1", "s2"] for skip in skipped]
 
 
-@dataclass(frozen=True)
-class OutputConfig(h2cache.CacheConfig):
-    """Forecasts what the model returns, one step in two."""
-
-    def compose(self) -> tuple[Stage, ...]:
-        return (Stage("output", ("double", "single"), Interval(2, 1), Taylor(0), output=True),)
-
-
 def test_a_method_that_watches_no_block_has_the_core_run_whole(v1):
-    steps, handle = core_calls(v1, OutputConfig())
+    every_other = Plan(Conditions(steps=12), tuple(range(0, 12, 2)), {step: (1.0,) for step in range(1, 12, 2)})
+    steps, handle = core_calls(v1, PlanConfig(every_other), steps=12)
     assert steps == [[] if row.decision.skips else ["all"] for row in handle.trace]
     assert {row.decision.skips for row in handle.trace} == {True, False}
 

@@ -5,7 +5,6 @@ the CPU. Timesteps that live on the CPU cost no wait; most tests have them claim
 """
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -80,7 +79,7 @@ def timesteps_elsewhere(monkeypatch):
 
     def denoising(self, transformer, args, kwargs):
         seen = original(self, transformer, args, kwargs)
-        return replace(seen, timestep=seen.timestep.as_subclass(Elsewhere))
+        return seen._replace(timestep=seen.timestep.as_subclass(Elsewhere))
 
     monkeypatch.setattr(DiffusersFlux, "denoising", denoising)
 

@@ -14,7 +14,7 @@ DRAWS = 50  # of a move, until one leads somewhere
 
 
 @dataclass
-class PlanSearch(Ascent[Levels]):
+class PlanSearch(Ascent):
     """Within one family, among the plans that have a partial step where it knows any: none costs more than the budget,
     or leaves more of it than it began with if another step could compute more."""
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,8 +13,7 @@ from ..streams import BlockCall
 Lead = Callable[["Passage", Callable[..., Any], tuple, dict[str, Any]], Any]
 
 
-@dataclass(frozen=True)
-class Denoising:
+class Denoising(NamedTuple):
     """What the engine reads off one call of a denoiser.
 
     hidden_states: image tokens (B, N, C). encoder_hidden_states: text tokens (B, M, C'). timestep: (B,) or (1,), in

@@ -15,7 +15,7 @@ def onload(block: torch.nn.Module) -> None:
 
     Those that a stream prefetches are waited for: till then they look as if they were there.
     """
-    registry = getattr(block, "_diffusers_hook", None)
+    registry = vars(block).get("_diffusers_hook")
     hook = registry.get_hook("group_offloading") if registry is not None else None
     if hook is None:
         return
@@ -73,8 +73,7 @@ class DiffusersFlux:
         return BlockModules(forecast=(inside.proj_out,), silenced=(inside.attn, inside.proj_mlp))
 
     def denoising(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> Denoising:
-        names = parameter_names(transformer) if args else ()
-        given = dict(zip(names, args, strict=False)) | kwargs
+        given = dict(zip(parameter_names(transformer), args, strict=False)) | kwargs if args else kwargs
         prompt = given["encoder_hidden_states"]
         return Denoising(
             hidden_states=given["hidden_states"],
@@ -84,7 +83,6 @@ class DiffusersFlux:
             txt_ids=given.get("txt_ids"),
             as_returned=as_output if given.get("return_dict", True) else as_tuple,
             branch=(prompt, given["pooled_projections"]),
-            adds_between_blocks=any(
-                given.get(name) is not None for name in ("controlnet_block_samples", "controlnet_single_block_samples")
-            ),
+            adds_between_blocks=given.get("controlnet_block_samples") is not None
+            or given.get("controlnet_single_block_samples") is not None,
         )

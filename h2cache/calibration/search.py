@@ -5,14 +5,14 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any
 
 Steps = tuple[int, ...]
-Candidate = TypeVar("Candidate")
+Candidate = tuple[Any, ...]  # what an ascent chooses between: steps, or what each step does
 WARPS = (1.0, 1.3, 1.6, 2.0)  # of the first schedules: 1 is even, more computes the early steps more densely
 
 
-class Ascent(ABC, Generic[Candidate]):
+class Ascent(ABC):
     """Looks for the candidate with the largest `score`, which is asked as rarely as possible. Everything follows from
     `seed`. Annealing goes from `hottest` to `coldest`, in the unit of the score."""
 
@@ -65,7 +65,7 @@ class Ascent(ABC, Generic[Candidate]):
 
 
 @dataclass
-class Search(Ascent[Steps]):
+class Search(Ascent):
     """For `count` of `steps` steps; `score(computed)`."""
 
     steps: int
