@@ -1,6 +1,7 @@
 """Calibration: what it fits, how it searches, that it can be stopped, and that its plan does what it simulated."""
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tiny import TEXT_TOKENS
 import h2cache
 from h2cache import H2CacheConfig, PlanConfig
 from h2cache.calibration import record
-from h2cache.calibration.search import Search, warped
+from h2cache.calibration.search import Search, spread
 from h2cache.calibration.simulate import Simulation
 from h2cache.calibration.weights import fit_weights
 
@@ -149,8 +150,21 @@ def test_fitted_weights_find_the_combination_and_sum_to_one():
     assert sum(fit_weights(history, torch.randn(2, 9, generator=noise), ridge=0.1)) == pytest.approx(1)
 
 
+def test_a_prompt_that_went_astray_does_not_bend_the_weights_of_the_others():
+    """Four prompts that one combination serves but for a little noise, and one that is far off whatever is done."""
+    noise = torch.Generator().manual_seed(0)
+    history = [torch.randn(5, 400, generator=noise) for _ in range(3)]
+    target = 1.5 * history[0] - 0.75 * history[1] + 0.25 * history[2] + 0.01 * torch.randn(5, 400, generator=noise)
+    target[4] = 20 * history[2][4]
+    weights = fit_weights(history, target, ridge=0)
+    assert weights == pytest.approx((1.5, -0.75, 0.25), abs=0.05)
+    changes = torch.stack([(output - history[0]).flatten() for output in history[1:]], dim=1)
+    squares = torch.linalg.lstsq(changes, (target - history[0]).flatten()).solution
+    assert abs(squares[1] - 0.25) > 1
+
+
 def test_the_ridge_keeps_weights_of_like_outputs_small():
-    base, change, little, target = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
+    base, change, little, target = torch.randn(4, 1, 9, generator=torch.Generator().manual_seed(0))
     history = [base, base + change, base + change + 1e-4 * little]
     wild, tame = (fit_weights(history, target, ridge) for ridge in (0, 1e-2))
     assert max(map(abs, tame)) < 10 < max(map(abs, wild))
@@ -158,16 +172,27 @@ def test_the_ridge_keeps_weights_of_like_outputs_small():
     assert sum(fit_weights(same, base + change, ridge=1e-4)) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("power", [1.0, 1.6, 2.0])
-@pytest.mark.parametrize("count", [1, 5, 12, 20])
-def test_smooth_schedules_begin_at_zero_and_have_as_many_steps_as_asked(power, count):
-    chosen = warped(20, count, power)
-    assert chosen[0] == 0 and len(set(chosen)) == count and list(chosen) == sorted(chosen) and chosen[-1] < 20
+@pytest.mark.parametrize("power", [1.0, 1.4, 2.0])
+@pytest.mark.parametrize(("count", "head"), [(1, 1), (2, 1), (5, 2), (12, 1), (12, 6), (19, 4), (20, 1)])
+def test_smooth_schedules_have_as_many_steps_as_asked_and_reach_the_end(power, count, head):
+    chosen = spread(20, count, head, power)
+    assert chosen[:head] == tuple(range(head)) and len(chosen) == count
+    assert all(a < b for a, b in pairwise(chosen))
+    assert chosen[-1] == {1: 0, 20: 19}.get(count, 18)
 
 
 def test_even_and_dense_schedules():
-    assert warped(20, 4, 1.0) == (0, 5, 10, 15)
-    assert warped(20, 4, 2.0) == (0, 1, 5, 11)
+    assert spread(20, 4, 1, 1.0) == (0, 6, 12, 18)
+    assert spread(20, 4, 1, 2.0) == (0, 2, 8, 18)
+    assert spread(20, 6, 3, 1.0) == (0, 1, 2, 7, 13, 18)
+
+
+def test_the_search_begins_with_the_best_smooth_schedule():
+    asked = []
+    wanted = spread(20, 6, 3, 1.4)
+    assert Search(20, 6, lambda c: asked.append(c) or distance(wanted)(c), seed=0).start() == wanted
+    assert len(asked) == len(set(asked)) > 5 and not any(c[:4] == (0, 1, 2, 3) for c in asked)
+    assert Search(20, 1, lambda c: 0, seed=0).starts() == [(0,)]
 
 
 def distance(wanted):

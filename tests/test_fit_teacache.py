@@ -19,8 +19,8 @@ from baselines import TeaCacheConfig
 from eval.errors import UserError
 from eval.pipelines import ModelConfig
 from tools import fit_teacache
-from tools.calibration_prompts import scene_prompts
-from tools.flux_mini.scenes import HELD_OUT_WORDS
+from tools.calibration_prompts import UNTRAINED_PHRASINGS, scene_prompts
+from tools.flux_mini.scenes import HELD_OUT_PHRASINGS, HELD_OUT_WORDS, PHRASINGS
 
 CUBIC = (500.0, -30.0, 1.5, 0.02)  # highest power first
 MODELS = sorted(file.stem for file in (REPOSITORY / "configs/model").iterdir())
@@ -164,8 +164,9 @@ def test_where_the_polynomial_is_positive():
 
 
 def test_nobody_is_calibrated_on_what_is_evaluated():
-    prompts = scene_prompts(64, seed=0)
-    assert prompts == scene_prompts(64, seed=0) != scene_prompts(64, seed=1)
+    prompts = scene_prompts(64, seed=0) + scene_prompts(64, 0, UNTRAINED_PHRASINGS)
+    assert scene_prompts(64, seed=0) == scene_prompts(64, seed=0) != scene_prompts(64, seed=1)
+    assert set(UNTRAINED_PHRASINGS).isdisjoint(PHRASINGS + HELD_OUT_PHRASINGS)
     evaluated = {json.loads(line)["prompt"] for line in (REPOSITORY / "assets/prompts/signs80.jsonl").open()}
     assert evaluated.isdisjoint(prompts)
     assert not [word for word in HELD_OUT_WORDS if any(f'"{word}"' in prompt for prompt in prompts)]

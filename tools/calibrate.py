@@ -20,7 +20,7 @@ import h2cache
 from eval.errors import UserError
 from eval.files import atomic_files, check_writable
 from eval.pipelines import ModelConfig, load_pipeline
-from tools.calibration_prompts import calibration_prompts
+from tools.calibration_prompts import UNTRAINED_PHRASINGS, calibration_prompts
 
 ROOT = Path(__file__).resolve().parents[1]
 SEARCH = ("seed", "history", "ridge", "annealing", "climbing", "annealing_prompts", "batch_size")
@@ -78,7 +78,7 @@ def run(settings: Settings) -> list[str]:
     """Calibrate for each budget, write the plans, and say what they reached."""
     settings.folder.mkdir(parents=True, exist_ok=True)
     check_writable([settings.target(budget) for budget in settings.budgets])
-    prompts = calibration_prompts(settings.prompts_file, settings.images, settings.search["seed"])
+    prompts = calibration_prompts(settings.prompts_file, settings.images, settings.search["seed"], UNTRAINED_PHRASINGS)
     pipe = load_pipeline(settings.model)
     call = dict(settings.model.call_arguments)
     steps = call.pop("num_inference_steps")

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from h2cache.calibration.search import warped
+from h2cache.calibration.search import spread
 
-WARPS = (1.3, 1.6)  # of the hand-made plans, as of calibration's first schedules
+SHAPES = ((1, 1.4), (3, 1.2))  # of the hand-made plans: two of those that calibration begins with
 PARTS = (0.25, 0.5)  # of their computing steps that compute one stage alone
 
 
@@ -79,14 +79,14 @@ class Family:
     def handmade(self, steps: int, work: Work) -> list[Levels]:
         """Smooth plans within the budget, some of whose computing steps, evenly spread, compute one stage alone."""
         mixes = [(level, part) for level in self.partial for part in PARTS] or [(self.idle, 0.0)]
-        plans = [self._smooth(steps, work, *mix, power) for mix in mixes for power in WARPS]
+        plans = [self._smooth(steps, work, *mix, *shape) for mix in mixes for shape in SHAPES]
         return [plan for plan in dict.fromkeys(plans) if self.has(plan)]
 
-    def _smooth(self, steps: int, work: Work, level: Level, part: float, power: float) -> Levels:
+    def _smooth(self, steps: int, work: Work, level: Level, part: float, head: int, power: float) -> Levels:
         best = self.whole(steps, (0,))
         for count in range(2, steps + 1):
             levels = [self.idle] * steps
-            for index, step in enumerate(warped(steps, count, power)):
+            for index, step in enumerate(spread(steps, count, min(head, count - 1), power)):
                 alone = int(index * part) > int((index - 1) * part)
                 levels[step] = level if index and alone else Level.EVERYTHING
             if work.left(levels) < 0:

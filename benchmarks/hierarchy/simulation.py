@@ -54,7 +54,7 @@ class Weigher(Protocol):
 
 @dataclass(frozen=True)
 class Fitted:
-    """Ridge least squares on these runs.
+    """Weights are fitted on these runs, as calibration fits them.
 
     Outputs are fitted to the one that leads back onto the uncached run, and so are residuals from which it is not far
     to the output: what each remembered residual would make of the model's head is fitted, not the residual. Where the

@@ -23,7 +23,7 @@ class Residual(NamedTuple):
     text: Tensor
 
     def flat(self) -> Tensor:
-        return torch.cat([self.image.flatten(), self.text.flatten()])
+        return torch.cat([self.image.flatten(1), self.text.flatten(1)], dim=1)
 
 
 def combined(weights: Sequence[float], history: Sequence[Residual]) -> Residual:

@@ -38,8 +38,8 @@ def calibrate(
         steps: of a run. `call_arguments` are the pipeline's others, height and width among them.
         seed: of the search; prompt i has the noise of seed + i.
         history, ridge: of the forecasts' weights.
-        annealing, climbing: how many schedules are tried, at most; annealing on the first
-            `annealing_prompts` only, as many as one call takes.
+        annealing, climbing: how many schedules are tried, at most, after about 20 smooth ones to begin with; these and
+            annealing on the first `annealing_prompts` only, as many as one call takes.
         batch_size: prompts in one call of the model.
         checkpoint: a file that keeps what was tried. A calibration that was killed goes on from there when it is asked
             the same again, and ends with the same plan.
@@ -60,10 +60,10 @@ def calibrate(
     quick = Simulation(trajectories.first(few), history, ridge)
     whole = Simulation(trajectories, history, ridge)
 
-    best = Search(steps, count, store.scorer("few", quick, progress), seed)
-    schedule = best.anneal(best.start(), annealing)
-    climber = Search(steps, count, store.scorer("all", whole, progress), seed)
-    schedule = climber.climb(schedule, climbing)
+    search = Search(steps, count, store.scorer("few", quick, progress), seed)
+    schedule = search.anneal(search.start(), annealing)
+    search = Search(steps, count, store.scorer("all", whole, progress), seed)
+    schedule = search.climb(schedule, climbing)
 
     end = whole.run(schedule)
     notes = {

@@ -1,5 +1,6 @@
 """Which steps to compute: simulated annealing, then hill climbing, against the error of the final image."""
 
+import itertools
 import math
 import random
 from abc import ABC, abstractmethod
@@ -9,7 +10,8 @@ from typing import Any
 
 Steps = tuple[int, ...]
 Candidate = tuple[Any, ...]  # what an ascent chooses between: steps, or what each step does
-WARPS = (1.0, 1.3, 1.6, 2.0)  # of the first schedules: 1 is even, more computes the early steps more densely
+HEADS = (1, 2, 3, 4, 5, 6)  # of the first schedules: how many steps in a row they begin with
+POWERS = (1.0, 1.2, 1.4, 1.7)  # and how they go on: 1 is even, more is denser early on
 
 
 class Ascent(ABC):
@@ -75,9 +77,15 @@ class Search(Ascent):
     hottest: float = 1.0
     coldest: float = 0.1
 
+    def starts(self) -> list[Steps]:
+        """Smooth schedules to begin with. At most half of their steps are the head."""
+        heads = [head for head in HEADS if head == 1 or 2 * head <= self.count]
+        shapes = itertools.product(heads, POWERS)
+        return list(dict.fromkeys(spread(self.steps, self.count, *shape) for shape in shapes))
+
     def start(self) -> Steps:
-        """The best of a few smooth schedules."""
-        return max((warped(self.steps, self.count, power) for power in WARPS), key=self.score)
+        """The best of `starts`."""
+        return max(self.starts(), key=self.score)
 
     def moved(self, current: Steps, chance: random.Random) -> Steps | None:
         """One computed step, not the first, moved by up to three; None where it meets another or leaves the run."""
@@ -101,11 +109,12 @@ class Search(Ascent):
                     yield candidate
 
 
-def warped(steps: int, count: int, power: float) -> Steps:
-    """`count` steps from 0 on, the k-th at the part (k / count) ** power of the run, pushed on where two would meet."""
-    chosen: list[int] = []
-    for index in range(count):
-        wanted = round((index / count) ** power * steps)
-        earliest = chosen[-1] + 1 if chosen else 0
-        chosen.append(min(max(wanted, earliest), steps - count + index))
+def spread(steps: int, count: int, head: int, power: float) -> Steps:
+    """`count` steps: the first `head` in a row, the k-th of the rest at its part (k / rest) ** power of what is left,
+    pushed on where two would meet. The rest ends with the last step but one (docs/frontier.md says what that is worth):
+    computed latest, it goes into the image nearly as it is, and the step after it is left to mend what it can."""
+    chosen, rest, last = list(range(head)), count - head, max(steps - 2, count - 1)
+    for index in range(1, rest + 1):
+        wanted = head - 1 + round((index / rest) ** power * (last - head + 1))
+        chosen.append(min(max(wanted, chosen[-1] + 1), last - rest + index))
     return tuple(chosen)

@@ -5,23 +5,36 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+ROUNDS = 4  # of reweighted least squares; the images change by less than 0.1 dB after that
+
 
 def fit_weights(history: Sequence[Tensor], target: Tensor, ridge: float) -> tuple[float, ...]:
-    """The weights of `history`, newest first, whose sum of products is nearest to `target` in least squares.
+    """The weights of `history`, newest first, whose sum of products is nearest to `target`; each (prompts, ...).
 
-    They sum to one, so that what does not change is forecast exactly. `ridge` is relative to the size of the changes
-    between the outputs: it keeps weights of outputs that are nearly alike from growing.
+    Nearest in the sum of the prompts' distances, not of their squares: one run that has gone astray, and is far from
+    where anything could lead it back, would else have more say than all others. Weights sum to one, so that what does
+    not change is forecast exactly. `ridge` is relative to the size of the changes between the outputs: it keeps weights
+    of outputs that are nearly alike from growing.
     """
     if len(history) == 1:
         return (1.0,)
-    newest = history[0].double().flatten()
-    changes = torch.stack([output.double().flatten() - newest for output in history[1:]])
-    gram = changes @ changes.T
+    newest = history[0].double().flatten(1)
+    changes = torch.stack([output.double().flatten(1) - newest for output in history[1:]], dim=1)
+    wanted = target.double().flatten(1) - newest
+    grams = changes @ changes.mT  # (prompts, K, K), as all that follows is small
+    products = (changes @ wanted.unsqueeze(2)).squeeze(2)
+    squares = wanted.square().sum(1)
     least = torch.finfo(torch.float32).eps ** 2 * newest.square().sum() + torch.finfo(torch.float32).tiny
-    sizes = gram.diagonal().clamp_min(least.item())  # where nothing changed there is nothing to weigh, nor to divide by
-    wanted = changes @ (target.double().flatten() - newest)
-    weights = torch.linalg.solve(gram + ridge * torch.diag(sizes), wanted).tolist()
-    return 1 - sum(weights), *weights
+    say = torch.ones_like(squares)
+    for _ in range(ROUNDS):
+        gram = torch.einsum("p,pkl->kl", say, grams)
+        sizes = gram.diagonal().clamp_min(least.item())  # where nothing changed there is nothing to weigh or divide by
+        weights = torch.linalg.solve(gram + ridge * torch.diag(sizes), say @ products)
+        missed = squares - 2 * products @ weights + (grams @ weights) @ weights
+        say = missed.clamp_min(least.item()).rsqrt()
+        say = say / say.mean()
+    older = weights.tolist()
+    return 1 - sum(older), *older
 
 
 def combine(weights: Sequence[float], history: Sequence[Tensor]) -> Tensor:
