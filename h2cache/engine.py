@@ -20,11 +20,12 @@ from .conditions import Conditions, conditions_of_call
 from .config import CacheConfig
 from .interception import Interception, interception_of
 from .judge import Judge
-from .memory import Moment, Runs
+from .memory import Moment, Runs, on_host
 from .modules import answer, regroup
 from .outputs import predict
 from .streams import Streams, plain
 from .trace import Trace
+from .unchanging import answer_once
 from .visit import Visit
 
 
@@ -90,9 +91,11 @@ class Engine:
         return self._variants[conditions]
 
     def _intercept(self) -> None:
-        """See the calls of the model, of every block, and of the modules that the method skips; of nothing else."""
+        """See the calls of the model, its blocks, and the modules that the method skips or that need run but once."""
         handlers: dict[torch.nn.Module, Callable] = {self.transformer: self._denoise}
         handlers |= {module: partial(self._lead, lead) for module, lead in self.adapter.led(self.transformer).items()}
+        unchanging = self.adapter.unchanging(self.transformer)
+        handlers |= {module: partial(self._unchanging, module) for module in unchanging}
         for group in self._groups.values():
             handlers |= {block: partial(self._block, block) for block in group}
         handlers |= {module: partial(self._module, module) for module in self.method.modules}
@@ -198,7 +201,12 @@ class Engine:
         if call is None or not call.method.places:
             return proceed(*args, **kwargs)
         undivided = call.method.undivided and not call.denoising.adds_between_blocks
-        return lead(Passage(call.denoising, undivided, call.run.once), proceed, args, kwargs)
+        return lead(Passage(call.denoising, undivided, call.context.once), proceed, args, kwargs)
+
+    def _unchanging(self, module: torch.nn.Module, proceed: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """One call of a module that returns the same at every step of a run."""
+        call: Call | None = getattr(self._active, "call", None)
+        return proceed(*args, **kwargs) if call is None else answer_once(call, module, proceed, args, kwargs)
 
     def _block(self, block: torch.nn.Module, proceed: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """One call of a block: enter its stage, go on in it, or have nothing to do with it."""
@@ -290,8 +298,3 @@ class Engine:
         if len(visit.computed) == len(visit.decisions):
             return output
         return place.call.result(visit.stand_in(end, call.context.step, into=place.call.room(end)))
-
-
-def on_host(tensor: torch.Tensor) -> bool:
-    """Whether a tensor can be read without waiting for an accelerator."""
-    return tensor.device.type == "cpu"

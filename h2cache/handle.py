@@ -49,7 +49,11 @@ class Handle:
         self._engine.runs.clear()
 
     def held_bytes(self) -> int:
-        """Bytes that the cache holds at this moment: zero once the denoising loop has let go of its `img_ids`."""
+        """Bytes that the cache holds at this moment: zero once the denoising loop has let go of its `img_ids`.
+
+        What the config's docstring says, and for each branch the rotary table of the positions, 2 x (N+M, head_dim) in
+        float32, which is made once a run: 5 MB at FLUX.1-dev, 1024x1024.
+        """
         return self._engine.runs.held_bytes()
 
     def remove(self) -> None:

@@ -9,7 +9,7 @@ true classifier-free guidance apart whether or not the pipeline opens diffusers'
 
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from .clusters import ClusterMemory
 from .conditions import Conditions
 from .forecasts import Features, Forecast
+from .once import Once
 
 
 @dataclass
@@ -73,6 +74,11 @@ class Moment:
         return float(self.value) * self.scale
 
 
+def on_host(tensor: Tensor) -> bool:
+    """Whether a tensor can be read without waiting for an accelerator."""
+    return tensor.device.type == "cpu"
+
+
 @dataclass
 class Context:
     """One branch of a run (conditional or unconditional): its own steps and its own memory, by stage and sample."""
@@ -86,6 +92,7 @@ class Context:
     outputs: Tensor | None = None  # the last that the model returned, newest first, (K, B, ...)
     forecasts: dict[int, Tensor] = field(default_factory=dict)  # of what it would return, (B, ...), by step
     clusters: ClusterMemory | None = None
+    once: Once = field(default_factory=Once)  # what depends on the branch, but not on the step
     _moments: tuple[Moment, ...] = ()  # of the two calls before
     _last_input: tuple[weakref.ref, float | None] | None = None
 
@@ -147,24 +154,7 @@ class Context:
         yield from self.forecasts.values()
         if self.clusters is not None:
             yield from self.clusters.tensors()
-
-
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """Tensors that were made once for all steps of a run, and the state of those that they were made from."""
-
-    sources: tuple[weakref.ref, ...]
-    versions: tuple[int, ...]
-    tensors: tuple[Tensor, ...]
-
-    def serves(self, sources: Sequence[Tensor]) -> bool:
-        same = all(ref() is source for ref, source in zip(self.sources, sources, strict=True))
-        return same and self.versions == versions_of(sources)
-
-
-def versions_of(tensors: Sequence[Tensor]) -> tuple[int, ...]:
-    """How often each was written to; inference tensors do not count it."""
-    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+        yield from self.once.tensors()
 
 
 CONTEXT_NAMES = ("cond", "uncond")
@@ -184,17 +174,7 @@ class Run:
     first_timestep: float | None = None
     last_timestep: float | None = None
     unread: list[Moment] = field(default_factory=list)
-    prepared: dict[Hashable, Prepared] = field(default_factory=dict)
-
-    def once(
-        self, key: Hashable, sources: Sequence[Tensor], make: Callable[[], tuple[Tensor, ...]]
-    ) -> tuple[Tensor, ...]:
-        """What `make()` returned when it was first called for `key` and these very `sources`, not written to since."""
-        known = self.prepared.get(key)
-        if known is None or not known.serves(sources):
-            references = tuple(weakref.ref(source) for source in sources)
-            known = self.prepared[key] = Prepared(references, versions_of(sources), make())
-        return known.tensors
+    once: Once = field(default_factory=Once)
 
     def starts_over(self, context: Context, timestep: float, exact: bool) -> bool:
         """Whether a call at `timestep` cannot belong to this run: denoising never goes up, nor back to its first step.
@@ -233,8 +213,7 @@ class Run:
     def tensors(self) -> Iterator[Tensor]:
         for context in self.contexts:
             yield from context.tensors()
-        for prepared in self.prepared.values():
-            yield from prepared.tensors
+        yield from self.once.tensors()
 
 
 class Runs:

@@ -21,7 +21,7 @@ from h2cache.trace import KEPT_RUNS
 
 every_method = pytest.mark.parametrize("config", METHODS)
 
-WIDTH, CHANNELS, DOUBLE, SINGLE = 32, 16, 2, 3  # of the tiny transformer
+WIDTH, HEAD_DIM, CHANNELS, DOUBLE, SINGLE = 32, 16, 16, 2, 3  # of the tiny transformer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,6 +42,8 @@ def documented_bytes(config: CacheConfig, rows: list, image: int, text: int, dty
 
     Where the model is skipped, what it returned takes the features' place; with it the forecasts up to the next
     computed step, until all are used, and from the first of them on a table of weights, `order` a step, in float32.
+
+    And for each branch the sines and cosines of the positions, two (N+M, head_dim), float32.
     """
     stages = {stage.name: stage for stage in config.compose()}
     computed: dict[tuple, list[int]] = {}
@@ -63,7 +65,8 @@ def documented_bytes(config: CacheConfig, rows: list, image: int, text: int, dty
             tables |= {len(stage.forecast.rows) * stage.forecast.order * 4} if any(ahead) else set()
         if stage.clusters is not None:
             total += (image + text) * 8 + 2 * config.clusters * WIDTH * 4
-    return total + sum(tables)
+    branches = {row.context for row in rows}
+    return total + sum(tables) + len(branches) * 2 * (image + text) * HEAD_DIM * 4
 
 
 def features(stage: Stage) -> int:

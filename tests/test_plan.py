@@ -164,7 +164,9 @@ def test_it_holds_the_last_outputs_and_what_it_forecasts_and_lets_them_go(transf
         for _ in range(7):
             next(run)
         output, weights = 2 * 16 * 16 * 4, PLAN.steps * 2 * 4  # images x tokens x channels x float32; two a step
-        assert handle.held_bytes() == (PLAN.history + 1) * output + weights  # one step is forecast ahead, the last
+        rotary = 2 * (16 + 6) * 16 * 4  # sines and cosines x tokens x head_dim x float32
+        # One step is forecast ahead, the last.
+        assert handle.held_bytes() == (PLAN.history + 1) * output + weights + rotary
         run.close()
         assert handle.held_bytes() == 0
 

@@ -36,8 +36,8 @@ class Passage:
     """One call of the model, as an adapter sees it that leads the call through the blocks (`Adapter.led`).
 
     undivided: one stage takes all blocks and nothing is added between them, so that only its first and last are needed.
-    once: `once(key, sources, make)` is what `make()` returned when it was first called in this run, a tuple of tensors;
-    it is made again where one of the tensors `sources` is another, or was written to.
+    once: `once(key, sources, make)` is what `make()` returned when it was first called in this branch of the run, a
+    tuple of tensors; it is made again where one of the tensors `sources` is another, or was written to.
     """
 
     denoising: Denoising
@@ -78,6 +78,9 @@ class Adapter(Protocol):
     def led(self, transformer: torch.nn.Module) -> dict[torch.nn.Module, Lead]:
         """Modules that hide blocks, and what is done in place of their calls: `lead(passage, proceed, args, kwargs)`
         calls the blocks one by one, where `proceed(*args, **kwargs)` would run them unseen."""
+
+    def unchanging(self, transformer: torch.nn.Module) -> Sequence[torch.nn.Module]:
+        """Modules that return the same at every step of a run: a function of the position ids and of nothing else."""
 
     def block_call(self, block: torch.nn.Module) -> BlockCall:
         """How `block` is called."""

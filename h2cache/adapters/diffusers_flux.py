@@ -38,6 +38,9 @@ def as_output(sample: torch.Tensor) -> Any:
     return Transformer2DModelOutput(sample=sample)
 
 
+ROTARY = (("diffusers", "FluxPosEmbed"), ("nunchaku", "NunchakuFluxPosEmbed"))  # tables of the position ids alone
+
+
 class DiffusersFlux:
     """Blocks in `transformer_blocks` (double) and `single_transformer_blocks` (single)."""
 
@@ -57,6 +60,12 @@ class DiffusersFlux:
 
     def led(self, transformer: torch.nn.Module) -> dict[torch.nn.Module, Lead]:
         return {}
+
+    def unchanging(self, transformer: torch.nn.Module) -> Sequence[torch.nn.Module]:
+        # By class, for there are embeddings that take this one's place and follow the timestep.
+        positions = getattr(transformer, "pos_embed", None)
+        kind = type(positions)
+        return [positions] if (kind.__module__.partition(".")[0], kind.__name__) in ROTARY else []
 
     def block_call(self, block: torch.nn.Module) -> BlockCall:
         # Single blocks take both streams in today's diffusers, and one concatenated tensor in older and quantized ones.
