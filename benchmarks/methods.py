@@ -24,7 +24,7 @@ from baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerC
 from eval.generate import generate
 from eval.metrics import psnr, ssim
 from eval.pipelines import load_pipeline
-from h2cache import CacheConfig, H2CacheConfig
+from h2cache import CacheConfig, H2CacheConfig, PlanConfig
 
 from .memory import IMAGE_TOKENS, TEXT_TOKENS, flux1_dev, held_bytes
 
@@ -33,6 +33,7 @@ H2_THRESHOLDS = ((0.05, 0.10), (0.10, 0.15), (0.15, 0.22))  # the last are the p
 BLOCK_THRESHOLDS = (0.05, 0.08, 0.12)  # diffusers' default, and nunchaku's
 TEA_THRESHOLDS = (0.05, 0.08, 0.14)  # around the default of configs/teacache/flux-mini.yaml
 INTERVALS = (3, 5, 7)
+BUDGETS = (3, 4, 6)  # of the calibrated plans
 HEADER = (
     "| method | setting | blocks computed | denoising speedup | PSNR, dB | SSIM | memory at FLUX.1-dev |\n"
     "|---|---|---:|---:|---:|---:|---:|"
@@ -85,7 +86,9 @@ def settings() -> list[Setting]:
     }
     for method, config in scheduled.items():
         rows += [Setting(method, f"interval = {n}", config(n)) for n in INTERVALS]
-    return rows
+    # Every run here is under the conditions of the plans; what they would hold at FLUX.1-dev is asked under others.
+    plans = {f"budget = {n}": ROOT / f"assets/plans/flux-mini-{n}.json" for n in BUDGETS}
+    return rows + [Setting("Plan", name, PlanConfig(file, allow_transfer=True)) for name, file in plans.items()]
 
 
 def draw_rows(rows: list[list[Image.Image]], target: Path, columns: int = 6, scale: int = 2) -> None:
