@@ -21,7 +21,7 @@ from .config import CacheConfig
 from .interception import Interception, interception_of
 from .judge import Judge
 from .memory import Moment, Runs, on_host
-from .modules import answer, regroup
+from .modules import answer, regroup, whereabouts
 from .outputs import predict
 from .streams import Streams, plain
 from .trace import Trace
@@ -52,6 +52,7 @@ class Engine:
         """Follow `config` from the next call on. Runs in progress go on where what they remember still serves."""
         self.method = self._laid_out(config)
         self._variants: dict[Conditions, Method] = {}
+        self._whereabouts = whereabouts(self.method)
         self.trace.stage_blocks.update(self.method.blocks)
         self._intercept()
 
@@ -139,11 +140,8 @@ class Engine:
             self._attach()
 
     def _modules_replaced(self) -> bool:
-        """Whether a block's modules are others than those that are watched: PEFT wraps the ones it adapts."""
-        inside = [self.adapter.modules(block) for block in self.method.places]
-        return any(
-            module not in self.method.modules for parts in inside for module in (*parts.forecast, *parts.silenced)
-        )
+        """Whether blocks have others in the place of modules that are watched: PEFT wraps the ones it adapts."""
+        return any(children.get(name) is not module for children, name, module in self._whereabouts)
 
     def _denoise(self, proceed: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """One call of the model."""

@@ -155,7 +155,8 @@ def advance_terms(terms: list[Features], computed: Features, elapsed: int, order
     fresh = [tuple(computed)]
     for old in terms[:order]:
         difference = torch._foreach_sub(fresh[-1], old)
-        torch._foreach_div_(difference, elapsed)
+        if elapsed != 1:
+            torch._foreach_div_(difference, elapsed)
         fresh.append(tuple(difference))
     return fresh
 

@@ -10,12 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import Call, ModulePlace
+from .call import Call, Method, ModulePlace
 from .clusters import ClusterMemory
 from .forecasts import Features, advance_terms, extrapolate
 from .graph import outside_graph
-from .streams import Streams
+from .streams import Streams, plain
 from .visit import Visit
+
+
+def whereabouts(method: Method) -> list[tuple[dict[str, torch.nn.Module | None], str, torch.nn.Module]]:
+    """The modules that a method skips inside its blocks: the block's children, the name there, the module."""
+    children = [plain(block)._modules for block in method.places]
+    return [(parts, name, part) for parts in children for name, part in parts.items() if part in method.modules]
 
 
 def answer(call: Call, place: ModulePlace, proceed: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:

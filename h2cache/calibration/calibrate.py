@@ -25,7 +25,7 @@ def calibrate(
     ridge: float = 1e-4,
     annealing: int = 100,
     climbing: int = 40,
-    annealing_prompts: int = 6,
+    annealing_prompts: int = 8,
     batch_size: int = 8,
     checkpoint: str | Path | None = None,
     on_progress: Callable[[int, int, float], None] = lambda done, total, best: None,
