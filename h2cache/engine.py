@@ -5,6 +5,7 @@ The model's own forward runs unchanged. The engine sees each call of the model a
 probe needs that block, after it. Skipped blocks return their input, so that whatever the model adds between blocks
 (ControlNet) arrives fresh at the stage's last block, which adds the forecast residual. Samples that miss are computed
 in a batch of their own. Methods that skip inside blocks let the blocks run and answer for their modules (`modules.py`).
+What returns the same at every step of a run is run once (`unchanging.py`).
 """
 
 import threading
