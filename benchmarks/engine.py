@@ -4,8 +4,9 @@ On the embedded model, on a mid-size Flux of random weights and, where there is 
 weights, bfloat16, eager and with compiled blocks). Times are medians of calls that take turns in one process:
 
 - a method that never hits, against the untouched transformer;
-- a step at which everything hits, against the work that no cache can avoid: a transformer of the first blocks that the
-  method runs, with the model's own embedders and head, and for TeaCache the norm that it watches;
+- a step at which everything hits, against the work that is left: a transformer of the first blocks that the
+  method runs, with the model's own embedders and head, and for TeaCache the norm that it watches. It makes its rotary
+  table at every step, as the model does; a cache makes it once a run, so that it can be faster than this;
 - diffusers' own first-block cache, measured in the same two ways;
 - one decision and one forecast by themselves, against a step and against what the memory's bandwidth allows.
 """
@@ -285,7 +286,7 @@ def main() -> None:
         f"{platform.machine()} CPU, {gpu}, torch {torch.__version__}.",
         "",
     ]
-    with torch.inference_mode():
+    with torch.no_grad():  # as pipelines do
         for make in subjects:
             lines += report(make())
     options.results.parent.mkdir(parents=True, exist_ok=True)

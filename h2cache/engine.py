@@ -26,7 +26,7 @@ from .modules import answer, regroup, whereabouts
 from .outputs import predict
 from .streams import Streams, plain
 from .trace import Trace
-from .unchanging import answer_once
+from .unchanging import answer_once, not_shared
 from .visit import Visit
 
 
@@ -96,8 +96,8 @@ class Engine:
         """See the calls of the model, its blocks, and the modules that the method skips or that need run but once."""
         handlers: dict[torch.nn.Module, Callable] = {self.transformer: self._denoise}
         handlers |= {module: partial(self._lead, lead) for module, lead in self.adapter.led(self.transformer).items()}
-        unchanging = self.adapter.unchanging(self.transformer)
-        handlers |= {module: partial(self._unchanging, module) for module in unchanging}
+        unchanging = not_shared(self.adapter.unchanging(self.transformer), self)
+        handlers |= {module: partial(answer_once, self._active, module) for module in unchanging}
         for group in self._groups.values():
             handlers |= {block: partial(self._block, block) for block in group}
         handlers |= {module: partial(self._module, module) for module in self.method.modules}
@@ -201,11 +201,6 @@ class Engine:
             return proceed(*args, **kwargs)
         undivided = call.method.undivided and not call.denoising.adds_between_blocks
         return lead(Passage(call.denoising, undivided, call.context.once), proceed, args, kwargs)
-
-    def _unchanging(self, module: torch.nn.Module, proceed: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """One call of a module that returns the same at every step of a run."""
-        call: Call | None = getattr(self._active, "call", None)
-        return proceed(*args, **kwargs) if call is None else answer_once(call, module, proceed, args, kwargs)
 
     def _block(self, block: torch.nn.Module, proceed: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """One call of a block: enter its stage, go on in it, or have nothing to do with it."""

@@ -1,4 +1,4 @@
-"""What need not be made anew at every step: packed rotary tables, the weights of a plan."""
+"""What need not be made anew at every step: rotary tables, as the model makes them and packed; a plan's weights."""
 
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence

@@ -1,20 +1,34 @@
-"""Modules that return the same at every step of a run: Flux makes its rotary table anew at each of them."""
+"""Modules that return the same at every step of a run: Flux makes its rotary table anew at each of them.
 
-from collections.abc import Callable
+Only where that is certain. Others put embeddings in this one's place that follow the timestep, change its constants or
+its forward, or watch it: then it runs at every step, as it would without a cache.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules import module as hooks_of_all
 
+from .adapters import Denoising
 from .call import Call
+from .interception import interception_of
+
+
+def not_shared(modules: Sequence[torch.nn.Module], owner: object) -> list[torch.nn.Module]:
+    """Those that belong to no other transformer which has a cache: its engine would not know whose call it sees."""
+    return [module for module in modules if getattr(interception_of(module), "owner", owner) is owner]
 
 
 def answer_once(
-    call: Call, module: torch.nn.Module, proceed: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
+    active: threading.local, module: torch.nn.Module, proceed: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
 ) -> Any:
-    """What the module returned when it first ran in this branch of the run, for the same position ids."""
-    ids = call.denoising.img_ids, call.denoising.txt_ids
-    if ids[1] is None or not is_bare(module):
+    """What the module returned, a tensor or several, when it first ran in this branch of the run for these position ids
+    and with these constants. `active.call` is the call of the model that it is part of, if there is one."""
+    call: Call | None = getattr(active, "call", None)
+    if call is None or not stays(call.denoising) or not is_bare(module):
         return proceed(*args, **kwargs)
 
     def make() -> tuple[Tensor, ...]:
@@ -22,10 +36,20 @@ def answer_once(
         return made if isinstance(made, tuple) else (made,)
 
     # What was made in inference mode cannot be used where gradients are wanted.
-    made = call.context.once((module, torch.is_inference_mode_enabled()), ids, make)
+    key = module, module.theta, tuple(module.axes_dim), torch.is_inference_mode_enabled()
+    made = call.context.once(key, (call.denoising.img_ids, call.denoising.txt_ids), make)
     return made if len(made) > 1 else made[0]
 
 
+def stays(denoising: Denoising) -> bool:
+    """Whether the position ids are all there and tell when they are written to, which inference tensors do not."""
+    ids = denoising.img_ids, denoising.txt_ids
+    return not any(each is None or each.is_inference() for each in ids)
+
+
 def is_bare(module: torch.nn.Module) -> bool:
-    """Whether nothing that may watch or change its calls was hung on a module."""
-    return not (module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module))
+    """Whether a module runs its class's own forward, uncompiled, and nobody has hung anything on its calls."""
+    own = "forward" not in vars(module) and type(module).forward.__module__ == type(module).__module__
+    hooks = module._forward_pre_hooks or module._forward_hooks
+    everywhere = hooks_of_all._global_forward_pre_hooks or hooks_of_all._global_forward_hooks
+    return own and not hooks and not everywhere and not interception_of(module)

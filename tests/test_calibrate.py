@@ -75,7 +75,8 @@ def test_progress_counts_up_and_the_best_never_falls(tiny_pipe):
     told = []
     calibrated(tiny_pipe, on_progress=lambda *news: told.append(news))
     done, totals, best = zip(*told, strict=True)
-    assert done == tuple(range(1, len(told) + 1)) and all(d <= t for d, t in zip(done, totals, strict=True))
+    assert done == tuple(range(1, len(told) + 1)) and len(set(totals)) == 1
+    assert totals[0] - QUICK["annealing"] - QUICK["climbing"] <= done[-1] <= totals[0]
     assert list(best) == sorted(best)
 
 

@@ -167,6 +167,8 @@ def test_nobody_is_calibrated_on_what_is_evaluated():
     prompts = scene_prompts(64, seed=0) + scene_prompts(64, 0, UNTRAINED_PHRASINGS)
     assert scene_prompts(64, seed=0) == scene_prompts(64, seed=0) != scene_prompts(64, seed=1)
     assert set(UNTRAINED_PHRASINGS).isdisjoint(PHRASINGS + HELD_OUT_PHRASINGS)
+    marks = (", lettered ", "picture ", " spelling ", '": ')  # one of each untrained phrasing, of no other
+    assert [any(mark in prompt for mark in marks) for prompt in prompts] == [False] * 64 + [False, True] * 32
     evaluated = {json.loads(line)["prompt"] for line in (REPOSITORY / "assets/prompts/signs80.jsonl").open()}
     assert evaluated.isdisjoint(prompts)
     assert not [word for word in HELD_OUT_WORDS if any(f'"{word}"' in prompt for prompt in prompts)]

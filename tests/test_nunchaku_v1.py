@@ -182,8 +182,8 @@ def test_changed_positions_are_packed_again(change, v1, packs):
 
 
 def test_packed_embeddings_count_as_held(v1):
-    """Three tables of 256 x 16 numbers in float32, beside what diffusers' transformer makes the method hold; but of the
-    22 positions' tables, which are one of 16 numbers each and not two, one less."""
+    """Three tables of 256 x 16 numbers in float32, beside what diffusers' transformer makes the method hold, minus one
+    (22, 16) table: of the positions as they are nunchaku has one, diffusers two."""
     held = []
     for model in (flux(), v1.transformer):
         with h2cache.apply(model, H2CacheConfig()) as handle:

@@ -1,25 +1,39 @@
 """The rotary table of a run's positions is made once, and only where it is certain to stay the same."""
 
+from functools import wraps
+
 import pytest
 import torch
 from conftest import METHODS
 from loops import denoise, denoising
 from nunchakus import nunchaku, subject  # noqa: F401
 from pictures import picture
+from tiny import tiny_transformer
+from torch.nn.modules.module import register_module_forward_hook
 
 import h2cache
 from baselines import BlockCacheConfig
 from h2cache import H2CacheConfig
+from h2cache.interception import interception_of
+
+
+def counted(patch, module):
+    """The position ids of every table that modules of this class make. It looks like the class's own forward."""
+    seen, forward = [], type(module).forward
+
+    @wraps(forward)
+    def counting(self, ids):
+        seen.append(ids)
+        return forward(self, ids)
+
+    patch.setattr(type(module), "forward", counting)
+    return seen
 
 
 @pytest.fixture
 def made(transformer, monkeypatch):
     """The position ids of every table that is made."""
-    seen = []
-    kind = type(transformer.pos_embed)
-    forward = kind.forward
-    monkeypatch.setattr(kind, "forward", lambda self, ids: seen.append(ids) or forward(self, ids))
-    return seen
+    return counted(monkeypatch, transformer.pos_embed)
 
 
 @pytest.mark.parametrize("config", METHODS)
@@ -49,29 +63,60 @@ def test_the_same_table_comes_back_to_the_last_bit(transformer):
 
 def test_once_for_each_branch_of_guidance(tiny_pipe, monkeypatch):
     """The text of each has position ids of its own."""
-    kind, seen = type(tiny_pipe.transformer.pos_embed), []
-    forward = kind.forward
-    monkeypatch.setattr(kind, "forward", lambda self, ids: seen.append(ids) or forward(self, ids))
+    seen = counted(monkeypatch, tiny_pipe.transformer.pos_embed)
     with h2cache.apply(tiny_pipe, H2CacheConfig()):
         picture(tiny_pipe, "a sign", negative_prompt="blurry", true_cfg_scale=2.0)
     assert len(seen) == 2
 
 
-def test_other_positions_are_other_tables(transformer, made):
+def anew(step, call):
+    call["txt_ids"] = torch.zeros(6, 3)
+
+
+def written(step, call):
+    call["txt_ids"] += 1.0
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("change", [anew, written])
+def test_other_positions_are_other_tables(change, mode, transformer, made):
     """Text ids that come anew at each step, or are written to."""
-
-    def anew(step, call):
-        call["txt_ids"] = torch.zeros(6, 3)
-
-    def written(step, call):
-        call["txt_ids"] += 1.0
-
-    for change in (anew, written):
+    with mode():
         expected = denoise(transformer, steps=4, before_step=change)
         del made[:]
         with h2cache.apply(transformer, H2CacheConfig(tau1=-1, tau2=-1)):
-            torch.testing.assert_close(denoise(transformer, steps=4, before_step=change), expected, rtol=0, atol=0)
-        assert len(made) == 4
+            assert torch.equal(denoise(transformer, steps=4, before_step=change), expected)
+    assert len(made) == 4
+
+
+def test_other_constants_are_other_tables(transformer):
+    """As where positions are rescaled by the timestep."""
+
+    def rescale(step, call):
+        transformer.pos_embed.theta = 10000 * (1 + step)
+
+    expected = denoise(transformer, steps=4, before_step=rescale)
+    with h2cache.apply(transformer, H2CacheConfig(tau1=-1, tau2=-1)):
+        assert torch.equal(denoise(transformer, steps=4, before_step=rescale), expected)
+
+
+def test_transformers_that_share_the_embedding(transformer):
+    other = tiny_transformer()
+    other.pos_embed = transformer.pos_embed
+    expected = [denoise(model, steps=3) for model in (transformer, other)]
+    with h2cache.apply(transformer, H2CacheConfig(tau1=-1, tau2=-1)) as first:
+        with h2cache.apply(other, H2CacheConfig(tau1=-1, tau2=-1)):
+            for model, image in zip((transformer, other, transformer), (*expected, expected[0]), strict=True):
+                assert torch.equal(denoise(model, steps=3), image)
+        first.remove()
+    assert interception_of(transformer.pos_embed) is None
+
+
+def test_applying_again_goes_on(transformer, made):
+    for _ in range(2):
+        h2cache.apply(transformer, H2CacheConfig())
+    denoise(transformer, steps=5)
+    assert len(made) == 1
 
 
 def test_an_embedding_that_follows_the_timestep_is_left_alone(transformer):
@@ -91,7 +136,6 @@ def test_an_embedding_that_follows_the_timestep_is_left_alone(transformer):
     with h2cache.apply(transformer, BlockCacheConfig(threshold=-1)):
         assert torch.equal(denoise(transformer, steps=4), expected)
     assert transformer.pos_embed.calls == 4
-    transformer.pos_embed = plain
 
 
 def hooked(module, calls):
@@ -104,7 +148,22 @@ def wrapped(module, calls):
     return lambda: vars(module).pop("forward")
 
 
-@pytest.mark.parametrize("watch", [hooked, wrapped])
+def hooked_everywhere(module, calls):
+    return register_module_forward_hook(lambda each, *args: calls.append(1) if each is module else None).remove
+
+
+def compiled(module, calls):
+    module.compile(backend=lambda graph, inputs: lambda *args: calls.append(1) or graph(*args))
+    return lambda: vars(module).pop("_compiled_call_impl")
+
+
+def patched(module, calls):
+    kind, forward = type(module), type(module).forward
+    kind.forward = lambda self, ids: calls.append(1) or forward(self, ids)
+    return lambda: setattr(kind, "forward", forward)
+
+
+@pytest.mark.parametrize("watch", [hooked, hooked_everywhere, wrapped, compiled, patched])
 def test_who_watches_the_embedding_sees_every_call(watch, transformer):
     calls = []
     undo = watch(transformer.pos_embed, calls)
@@ -137,9 +196,7 @@ def test_without_a_cache_nothing_is_kept(transformer, made):
 
 
 def test_nunchaku_s_table_too(subject):  # noqa: F811
-    kind, seen = type(subject.transformer.pos_embed), []
-    forward = kind.forward
     with pytest.MonkeyPatch.context() as patch, h2cache.apply(subject.transformer, H2CacheConfig()):
-        patch.setattr(kind, "forward", lambda self, ids: seen.append(ids) or forward(self, ids))
+        seen = counted(patch, subject.transformer.pos_embed)
         subject.denoise(steps=4)
     assert len(seen) == 1

@@ -32,7 +32,8 @@ def calibration_prompts(prompts_file: Path | None, images: int, seed: int, untra
 
 
 def scene_prompts(count: int, seed: int, untrained: Sequence[str] = ()) -> list[str]:
-    """Captions of random scenes of flux-mini with words of its training, of which no evaluation asks for one."""
+    """Captions of random scenes of flux-mini with words of its training, of which no evaluation asks for one; every
+    other in one of the phrasings `untrained`, if there are any."""
     # These need matplotlib, which a prompts_file does without.
     from tools.flux_mini.scenes import PHRASINGS, WORDS, caption, random_scene
 

@@ -80,7 +80,8 @@ class Adapter(Protocol):
         calls the blocks one by one, where `proceed(*args, **kwargs)` would run them unseen."""
 
     def unchanging(self, transformer: torch.nn.Module) -> Sequence[torch.nn.Module]:
-        """Modules that return the same at every step of a run: a function of the position ids and of nothing else."""
+        """Modules that return the same at every step of a run: a function of the position ids and of the constants
+        `theta` and `axes_dim` (`unchanging.py`)."""
 
     def block_call(self, block: torch.nn.Module) -> BlockCall:
         """How `block` is called."""

@@ -13,6 +13,8 @@ from .search import Search, Steps
 from .simulate import Simulation
 from .trajectories import record
 
+FIT = "least distances"  # what scores in a checkpoint depend on beside what is asked
+
 
 def calibrate(
     pipe: Any,
@@ -38,7 +40,7 @@ def calibrate(
         steps: of a run. `call_arguments` are the pipeline's others, height and width among them.
         seed: of the search; prompt i has the noise of seed + i.
         history, ridge: of the forecasts' weights.
-        annealing, climbing: how many schedules are tried, at most, after about 20 smooth ones to begin with; these and
+        annealing, climbing: how many schedules are tried, at most, after up to 24 smooth ones to begin with; these and
             annealing on the first `annealing_prompts` only, as many as one call takes.
         batch_size: prompts in one call of the model.
         checkpoint: a file that keeps what was tried. A calibration that was killed goes on from there when it is asked
@@ -55,12 +57,13 @@ def calibrate(
     )
     few = min(annealing_prompts, len(prompts), batch_size)
     trajectories = record(pipe, prompts, steps, seed, batch_size, **call_arguments)
-    store = Store.open(checkpoint, {**asked, "model": trajectories.conditions.model, "few": few})
-    progress = Progress(annealing + climbing, on_progress)
+    store = Store.open(checkpoint, {**asked, "model": trajectories.conditions.model, "few": few, "fit": FIT})
+    progress = Progress(on_progress)
     quick = Simulation(trajectories.first(few), history, ridge)
     whole = Simulation(trajectories, history, ridge)
 
     search = Search(steps, count, store.scorer("few", quick, progress), seed)
+    progress.total = len(search.starts()) + 1 + annealing + 1 + climbing
     schedule = search.anneal(search.start(), annealing)
     search = Search(steps, count, store.scorer("all", whole, progress), seed)
     schedule = search.climb(schedule, climbing)
@@ -90,16 +93,16 @@ def _check(least: int, **numbers: int) -> None:
 
 @dataclass
 class Progress:
-    """Counts what was tried."""
+    """Counts what was tried, of at most `total`."""
 
-    total: int
     tell: Callable[[int, int, float], None]
+    total: int = 0
     done: int = 0
     best: float = float("-inf")
 
     def note(self, score: float) -> None:
         self.done, self.best = self.done + 1, max(self.best, score)
-        self.tell(self.done, max(self.done, self.total), self.best)
+        self.tell(self.done, self.total, self.best)
 
 
 class Store:

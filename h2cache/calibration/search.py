@@ -110,9 +110,10 @@ class Search(Ascent):
 
 
 def spread(steps: int, count: int, head: int, power: float) -> Steps:
-    """`count` steps: the first `head` in a row, the k-th of the rest at its part (k / rest) ** power of what is left,
-    pushed on where two would meet. The rest ends with the last step but one (docs/frontier.md says what that is worth):
-    computed latest, it goes into the image nearly as it is, and the step after it is left to mend what it can."""
+    """`count` of `steps` steps: the first `head` (1 to `count`) in a row, the k-th of the rest at its part
+    (k / rest) ** power of what is left, pushed on where two would meet. The rest ends with the last step but one: its
+    output is nearest to what the last step needs, and the weights there still lead back to the uncached image as far
+    as any can (docs/frontier.md has the measurement)."""
     chosen, rest, last = list(range(head)), count - head, max(steps - 2, count - 1)
     for index in range(1, rest + 1):
         wanted = head - 1 + round((index / rest) ** power * (last - head + 1))

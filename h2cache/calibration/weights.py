@@ -24,14 +24,15 @@ def fit_weights(history: Sequence[Tensor], target: Tensor, ridge: float) -> tupl
     grams = changes @ changes.mT  # (prompts, K, K), as all that follows is small
     products = (changes @ wanted.unsqueeze(2)).squeeze(2)
     squares = wanted.square().sum(1)
-    least = torch.finfo(torch.float32).eps ** 2 * newest.square().sum() + torch.finfo(torch.float32).tiny
+    precision = torch.finfo(torch.float32)
+    least = precision.eps**2 * newest.square().sum().item() + precision.tiny
     say = torch.ones_like(squares)
     for _ in range(ROUNDS):
         gram = torch.einsum("p,pkl->kl", say, grams)
-        sizes = gram.diagonal().clamp_min(least.item())  # where nothing changed there is nothing to weigh or divide by
+        sizes = gram.diagonal().clamp_min(least)  # where nothing changed there is nothing to weigh or divide by
         weights = torch.linalg.solve(gram + ridge * torch.diag(sizes), say @ products)
         missed = squares - 2 * products @ weights + (grams @ weights) @ weights
-        say = missed.clamp_min(least.item()).rsqrt()
+        say = missed.clamp_min(least).rsqrt()
         say = say / say.mean()
     older = weights.tolist()
     return 1 - sum(older), *older
