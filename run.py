@@ -1,4 +1,4 @@
-"""Draw an image with a Flux model and a cache: `python run.py prompt="a cat" method.tau1=0.1 seed=3 out=cat.png`.
+"""Draw an image or a video with a cache: `python run.py prompt="a cat" method.tau1=0.1 seed=3 out=cat.png`.
 
 This file is the command line: Hydra composes configs/, eval/job.py does the work. Whatever the user can put right is
 one sentence on stderr and exit code 2; Ctrl-C is 130. torch is imported only for a command that is well formed.

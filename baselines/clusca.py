@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from h2cache.clusters import Clusters
-from h2cache.decisions import Interval
-from h2cache.forecasts import Forecast, Hermite, Taylor
-from h2cache.stages import Stage
+from h2cache.policy.clusters import Clusters
+from h2cache.policy.forecasts import Forecast, Hermite, Taylor
+from h2cache.policy.rules import Interval
+from h2cache.policy.stages import NETWORK, ModuleStage
 
 from .taylorseer import TaylorSeerConfig
 
@@ -31,6 +31,8 @@ class ClusCaConfig(TaylorSeerConfig):
     away.
     """
 
+    record_name = "baselines.clusca.ClusCaConfig"
+
     interval: int = 5
     clusters: int = 16
     iterations: int = 10
@@ -55,7 +57,7 @@ class ClusCaConfig(TaylorSeerConfig):
         first = self.first_enhance - 1
         return {"taylor": Taylor(self.order, first), "hermite": Hermite(self.order, self.sigma, first)}[self.forecast]
 
-    def compose(self) -> tuple[Stage, ...]:
+    def compose(self) -> tuple[ModuleStage, ...]:
         clusters = Clusters(self.clusters, self.iterations, self.propagation, self.seed, inputs=self.fresh == "input")
         rule = Interval(self.interval, self.first_enhance)
-        return (Stage("modules", ("double", "single"), rule, self._forecast(), modules=True, clusters=clusters),)
+        return (ModuleStage("modules", NETWORK, rule, self._forecast(), clusters=clusters),)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from h2cache.forecasts import BackcastHermite, Forecast, Hermite, ScaledTaylor
+from h2cache.policy.forecasts import BackcastHermite, Forecast, Hermite, ScaledTaylor
 
 from .taylorseer import TaylorSeerConfig
 
@@ -17,6 +17,8 @@ class HiCacheConfig(TaylorSeerConfig):
             from the device for each computed step.
         basis: "hermite", or "taylor" with the same dual scaling of its monomials (the paper's "Taylor-Scaled").
     """
+
+    record_name = "baselines.hicache.HiCacheConfig"
 
     interval: int = 5
     sigma: float | str = 0.5

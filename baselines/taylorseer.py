@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 from h2cache.config import CacheConfig
-from h2cache.decisions import Interval
-from h2cache.forecasts import Forecast, Taylor
-from h2cache.stages import Stage
+from h2cache.policy.forecasts import Forecast, Taylor
+from h2cache.policy.rules import Interval
+from h2cache.policy.stages import NETWORK, BlockStage, ModuleStage, Stage
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,8 @@ class TaylorSeerConfig(CacheConfig):
         order: of the series; 0 reuses the last features.
         first_enhance: first steps of a run that always compute. Differences are taken from the last of them on.
         granularity: "module", as published: the output of every attention and MLP module, before its gate (single
-            blocks: of both together), while norms and gates still run; or "stage": the residual that all double blocks
-            add and the one that all single blocks add, while nothing runs.
+            blocks: of both together), while norms and gates still run; or "stage": the residual that all structure
+            blocks (Flux: double) add and the one that all detail blocks (Flux: single) add, while nothing runs.
         batch_decision: see `CacheConfig`; a schedule decides alike for all images.
 
     Memory per image and guidance branch, `order + 1` times, in the model's dtype, with N image and M text tokens of
@@ -26,6 +26,8 @@ class TaylorSeerConfig(CacheConfig):
     each single block. At FLUX.1-dev, 1024x1024, bfloat16 and order 1: 113 MB, and 4.3 GB. Compiled blocks run
     uncompiled at "module", since their modules are answered for one by one.
     """
+
+    record_name = "baselines.taylorseer.TaylorSeerConfig"
 
     interval: int = 6
     order: int = 1
@@ -45,5 +47,5 @@ class TaylorSeerConfig(CacheConfig):
     def compose(self) -> tuple[Stage, ...]:
         rule, forecast = Interval(self.interval, self.first_enhance), self._forecast()
         if self.granularity == "module":
-            return (Stage("modules", ("double", "single"), rule, forecast, modules=True),)
-        return Stage("double", ("double",), rule, forecast), Stage("single", ("single",), rule, forecast)
+            return (ModuleStage("modules", NETWORK, rule, forecast),)
+        return tuple(BlockStage(role, (role,), rule, forecast) for role in NETWORK)

@@ -2,7 +2,7 @@
 
 The full-size transformer runs on the meta device, where tensors have shapes and no data, until the method's memory is
 full. Nothing can be compared there, so a method with a probe makes its first step only, which fills its memory if it
-reuses.
+reuses. A plan needs no transformer; its scheduler makes a whole run.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 import h2cache
-from h2cache import CacheConfig
+from h2cache import CacheConfig, PlanConfig, PlanScheduler
 
 IMAGE_TOKENS, TEXT_TOKENS = 4096, 512
 
@@ -27,6 +27,9 @@ def held_bytes(transformer: FluxTransformer2DModel, config: CacheConfig, image: 
 
     `transformer` is on the meta device. ValueError for a method that extrapolates and measures.
     """
+    if isinstance(config, PlanConfig):
+        channels = transformer.config.in_channels
+        return _plan_bytes(config, torch.empty(1, image, channels, dtype=transformer.dtype, device="meta"))
     stages = config.compose()
     measures = any(stage.probe is not None for stage in stages)
     order = max(stage.forecast.order for stage in stages)
@@ -67,3 +70,14 @@ def _computed(handle: h2cache.Handle) -> int:
     """Steps so far that computed the last stage: differences of order k need k + 1 of them."""
     last = list(handle.summary()["stages"].values())[-1]
     return last["warmup"] + last["compute"]
+
+
+def _plan_bytes(config: PlanConfig, latents: torch.Tensor) -> int:
+    """The most bytes that the plan's scheduler holds for latents like these."""
+    scheduler = PlanScheduler(config.plan, allow_transfer=True)
+    scheduler.set_timesteps(config.plan.steps)
+    most = 0
+    for timestep in scheduler.timesteps:
+        scheduler.step(latents, timestep, latents)
+        most = max(most, scheduler.held_bytes())
+    return most

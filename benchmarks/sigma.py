@@ -25,7 +25,7 @@ from baselines import HiCacheConfig, TaylorSeerConfig
 from eval.generate import generate
 from eval.metrics import psnr
 from eval.pipelines import load_pipeline
-from h2cache.forecasts import Forecast, Hermite
+from h2cache.policy.forecasts import Forecast, Hermite
 
 from .methods import write_between
 

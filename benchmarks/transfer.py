@@ -25,7 +25,7 @@ from eval.generate import generate
 from eval.metrics import psnr
 from eval.pipelines import load_pipeline
 from h2cache import CacheConfig, Plan, PlanConfig
-from h2cache.decisions import Interval
+from h2cache.policy.rules import Interval
 
 from .methods import write_between
 

@@ -44,6 +44,11 @@ def explain(error: Exception, program: str, several: str) -> str:
     """Hydra's error in one sentence: what is wrong, and what may stand there. `several`: how to give several values."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
+        if group == "teacache" and (CONFIGS / f"model/{option}.yaml").is_file():  # which method=teacache asks for
+            return (
+                f"model={option} has no TeaCache polynomial: fit one with `python -m tools.fit_teacache "
+                f"model={option}`, or choose another method, such as method=h2cache"
+            )
         options = error.options or sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
         return f"{group}={option}: there is no such {group}; choose {group}={' or '.join(options)}"
     parent = getattr(error.__cause__, "parent_node", None)

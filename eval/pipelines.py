@@ -1,17 +1,18 @@
-"""Which Flux pipeline, from where, in what precision, on what device: the `model` group of configs/."""
+"""Which pipeline, from where, in what precision, on what device, called how: the `model` group of configs/."""
 
+import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import torch
 import transformers
-from diffusers import FluxPipeline
+from diffusers import DiffusionPipeline, FluxPipeline
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from eval.errors import UserError
@@ -19,15 +20,32 @@ from eval.errors import UserError
 REPOSITORY = Path(__file__).resolve().parent.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OFFLOADS = ("none", "model", "sequential", "group")
+# Call arguments that are the same for all calls, in the key under which a loaded pipeline is kept; others are None.
+ANY_CALL = {"height": 16, "width": 16, "num_inference_steps": 1, "guidance_scale": 0.0, "max_sequence_length": 1}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A pipeline and how to call it; configs/model/flux-mini.yaml says what each field means.
+    """A Flux pipeline and how to call it; configs/model/flux-mini.yaml says what each field means.
 
     A model that needs more than diffusers is a subclass: `check` says what it needs of the machine, `load` puts it
-    together.
+    together. So is a pipeline of another family: `DiffusersModelConfig`.
+
+    Class attributes:
+        noun: what the pipeline is called in messages.
+        pipeline: the class that loads it.
+        call_fields: the fields that are arguments of the pipeline's call.
     """
+
+    noun: ClassVar[str] = "Flux pipeline"
+    pipeline: ClassVar[type[DiffusionPipeline]] = FluxPipeline
+    call_fields: ClassVar[tuple[str, ...]] = (
+        "height",
+        "width",
+        "num_inference_steps",
+        "guidance_scale",
+        "max_sequence_length",
+    )
 
     path: str | None
     hub_id: str | None
@@ -49,16 +67,31 @@ class ModelConfig:
         for field in ("height", "width"):
             value = getattr(self, field)
             require(_is_int(value) and value > 0 and value % 16 == 0, field, value, "a positive multiple of 16")
-        steps, length, guidance = self.num_inference_steps, self.max_sequence_length, self.guidance_scale
-        require(_is_int(steps) and steps >= 1, "num_inference_steps", steps, "a whole number from 1")
+        steps = self.num_inference_steps
+        require(_from_one(steps), "num_inference_steps", steps, FROM_ONE)
+        self._check_call()
+
+    def _check_call(self) -> None:
+        """Raise ValueError for a call argument, other than sizes and steps, that is not allowed."""
+        length, guidance = self.max_sequence_length, self.guidance_scale
         require(_is_int(length) and 1 <= length <= 512, "max_sequence_length", length, "a whole number from 1 to 512")
-        require(is_number(guidance) and guidance >= 0, "guidance_scale", guidance, "a number from 0")
+        require(_from_zero(guidance), "guidance_scale", guidance, FROM_ZERO)
 
     @property
     def call_arguments(self) -> dict[str, Any]:
-        """What the pipeline's `__call__` gets besides prompt and noise."""
-        fields = ("height", "width", "num_inference_steps", "guidance_scale", "max_sequence_length")
-        return {field: getattr(self, field) for field in fields}
+        """What the pipeline's `__call__` gets besides prompt and noise: the call's fields that are not None."""
+        values = {field: getattr(self, field) for field in self.call_fields}
+        return {field: value for field, value in values.items() if value is not None}
+
+    @property
+    def makes_videos(self) -> bool:
+        """Whether the pipeline is asked for a number of frames."""
+        return "num_frames" in self.call_arguments
+
+    @property
+    def dtypes(self) -> torch.dtype | dict[str, torch.dtype]:
+        """In what the weights are loaded: one type, or a type per component of the pipeline."""
+        return DTYPES[self.dtype]
 
     def source(self) -> str:
         """The folder to load, or the hub id; UserError if `path` is no pipeline's folder."""
@@ -70,7 +103,7 @@ class ModelConfig:
                 return str(folder)
         raise UserError(
             f"model.path={self.path}: no pipeline there (a folder with a model_index.json), seen from {Path.cwd()} or "
-            f"from {REPOSITORY}; restore it (git checkout) or give the folder of another Flux pipeline"
+            f"from {REPOSITORY}; restore it (git checkout) or give the folder of another {self.noun}"
         )
 
     @property
@@ -88,27 +121,89 @@ class ModelConfig:
         resolve_device(self)
         self.source()
 
-    def load(self) -> FluxPipeline:
+    def load(self) -> DiffusionPipeline:
         """The pipeline on its device, after `check`; UserError if it cannot be had."""
         return assemble(self)
 
 
-def load_pipeline(config: ModelConfig) -> FluxPipeline:
+@dataclass(frozen=True)
+class DiffusersModelConfig(ModelConfig):
+    """Any text-to-image or text-to-video pipeline of diffusers; configs/model/wan2.2-t2v-a14b.yaml explains the fields.
+
+    A call argument that is None is not passed, so that the pipeline's own default holds.
+    """
+
+    noun: ClassVar[str] = "diffusers pipeline"
+    pipeline: ClassVar[type[DiffusionPipeline]] = DiffusionPipeline
+    call_fields: ClassVar[tuple[str, ...]] = (
+        *ModelConfig.call_fields,
+        "guidance_scale_2",
+        "true_cfg_scale",
+        "negative_prompt",
+        "num_frames",
+    )
+
+    guidance_scale: float | None = None
+    max_sequence_length: int | None = None
+    guidance_scale_2: float | None = None
+    true_cfg_scale: float | None = None
+    negative_prompt: str | None = None
+    num_frames: int | None = None
+    fps: int | None = None
+    vae_dtype: str | None = None
+    vae_tiling: bool = False
+
+    def _check_call(self) -> None:
+        for field, (allowed, words) in OPTIONAL_FIELDS.items():
+            value = getattr(self, field)
+            require(value is None or allowed(value), field, value, f"{words}, or null")
+        require(isinstance(self.vae_tiling, bool), "vae_tiling", self.vae_tiling, "true or false")
+        needed = "a whole number from 1 where num_frames is given: how fast the frames follow each other"
+        require(self.num_frames is None or self.fps is not None, "fps", self.fps, needed)
+
+    @property
+    def dtypes(self) -> torch.dtype | dict[str, torch.dtype]:
+        dtype = DTYPES[self.dtype]
+        return dtype if self.vae_dtype is None else {"default": dtype, "vae": DTYPES[self.vae_dtype]}
+
+    @property
+    def memory_advice(self) -> str:
+        return super().memory_advice + (", or fewer model.num_frames" if self.makes_videos else "")
+
+    def load(self) -> DiffusionPipeline:
+        pipe = super().load()
+        if self.vae_tiling:
+            pipe.vae.enable_tiling()
+        return pipe
+
+
+def takes(pipe: DiffusionPipeline, argument: str) -> bool:
+    """Whether the pipeline's call has a parameter of this name."""
+    return argument in inspect.signature(pipe.__call__).parameters
+
+
+def load_pipeline(config: ModelConfig) -> DiffusionPipeline:
     """The pipeline on its device, without progress bars; UserError if it cannot be had.
 
     The last one is kept, so that a sweep over thresholds, seeds or sizes loads its model once.
     """
     config.check()
-    any_call = {"height": 16, "width": 16, "num_inference_steps": 1, "guidance_scale": 0.0, "max_sequence_length": 1}
-    return _load(replace(config, device=str(resolve_device(config)), **any_call))
+    any_call = {field: ANY_CALL.get(field) for field in config.call_fields}
+    pipe = _load(replace(config, device=str(resolve_device(config)), **any_call))
+    if takes(pipe, "num_frames") and not config.makes_videos:
+        raise UserError(
+            f"{config.source()} makes videos ({type(pipe).__name__}), and this configuration has no num_frames: use "
+            "that of a video model, such as model=wan2.2-t2v-a14b"
+        )
+    return pipe
 
 
 @lru_cache(maxsize=1)
-def _load(config: ModelConfig) -> FluxPipeline:
+def _load(config: ModelConfig) -> DiffusionPipeline:
     return config.load()
 
 
-def assemble(config: ModelConfig, **components: Any) -> FluxPipeline:
+def assemble(config: ModelConfig, **components: Any) -> DiffusionPipeline:
     """The pipeline at `config.source`, with `components` instead of its own, placed as the configuration says."""
     device = resolve_device(config)
     # No bars for reading from disk (download bars stay), and no warning about what becomes a UserError or a note. What
@@ -117,8 +212,8 @@ def assemble(config: ModelConfig, **components: Any) -> FluxPipeline:
         library.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
     source = config.source()
-    with explained(source, "a Flux pipeline", "path"):
-        pipe = FluxPipeline.from_pretrained(source, dtype=DTYPES[config.dtype], **components)
+    with explained(source, f"a {config.noun}", "path"):
+        pipe = config.pipeline.from_pretrained(source, dtype=config.dtypes, **components)
     transformers.utils.logging.set_verbosity_error()
     pipe.set_progress_bar_config(disable=True)
     match config.offload:
@@ -212,3 +307,25 @@ def is_number(value: object) -> bool:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _from_one(value: object) -> bool:
+    return _is_int(value) and value >= 1
+
+
+def _from_zero(value: object) -> bool:
+    return is_number(value) and value >= 0
+
+
+FROM_ONE, FROM_ZERO = "a whole number from 1", "a number from 0"
+# What the optional fields of a `DiffusersModelConfig` may hold besides None, in code and in words.
+OPTIONAL_FIELDS: Mapping[str, tuple[Callable[[object], bool], str]] = {
+    "guidance_scale": (_from_zero, FROM_ZERO),
+    "guidance_scale_2": (_from_zero, FROM_ZERO),
+    "true_cfg_scale": (_from_zero, FROM_ZERO),
+    "max_sequence_length": (_from_one, FROM_ONE),
+    "num_frames": (_from_one, FROM_ONE),
+    "fps": (_from_one, FROM_ONE),
+    "negative_prompt": (lambda value: isinstance(value, str), "text"),
+    "vae_dtype": (lambda value: value in DTYPES, f"one of {', '.join(DTYPES)}"),
+}

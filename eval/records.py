@@ -13,7 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import Any
@@ -159,16 +159,14 @@ class Store:
 
     def _identity(self, cell: Cell) -> dict[str, Any]:
         """All that the image depends on, as JSON gives it back; 1 and 1.0 are the same."""
-        method = cell.method
-        kind = "none" if method is None else f"{type(method).__module__}.{type(method).__qualname__}"
+        method = {"method": "none", "fields": {}} if cell.method is None else cell.method.identity()
         identity = {
             "format": FORMAT,
             "model": self._model,
             "prompt": cell.prompt.text,
             "seed": cell.seed,
             "steps": cell.steps,
-            "method": kind,
-            "fields": {} if method is None else asdict(method),
+            **method,
         }
         return json.loads(json.dumps(identity), parse_float=_number)
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
@@ -41,12 +42,29 @@ def bound(summary: Mapping[str, Any]) -> str:
 
 def comparison(cached: Drawing, baseline: Drawing) -> dict[str, str]:
     """What a cached drawing gains and loses against the baseline."""
-    distance = psnr(cached.image, baseline.image)
     with_all = baseline.total_seconds / cached.total_seconds
     without = baseline.denoising_seconds / cached.denoising_seconds
     return {
         "baseline": timing(baseline),
         "speedup": f"{with_all:.2f}x with text encoding and VAE, {without:.2f}x without (one run each)",
-        "likeness": ("identical images" if math.isinf(distance) else f"PSNR {distance:.2f} dB")
-        + f", SSIM {ssim(cached.image, baseline.image):.4f}",
+        "likeness": _likeness(cached, baseline),
     }
+
+
+def _likeness(cached: Drawing, baseline: Drawing) -> str:
+    """PSNR and SSIM; of a video the mean over the frames, and the worst frame."""
+    pairs = list(zip(cached.frames, baseline.frames, strict=True))
+    distances = [psnr(*pair) for pair in pairs]
+    similarity = f"SSIM {fmean(ssim(*pair) for pair in pairs):.4f}"
+    different = [distance for distance in distances if math.isfinite(distance)]
+    if not different:
+        return f"identical {'videos' if cached.is_video else 'images'}, {similarity}"
+    if not cached.is_video:
+        return f"PSNR {distances[0]:.2f} dB, {similarity}"
+    worst = min(distances)
+    same = len(distances) - len(different)
+    identical = f" over the {len(different)} frames that differ" if same else ""
+    return (
+        f"PSNR per frame {fmean(different):.2f} dB in the mean{identical}, "
+        f"{worst:.2f} dB at the worst (frame {distances.index(worst)}), {similarity} in the mean"
+    )

@@ -63,6 +63,8 @@ def read_study(cfg: DictConfig, model_name: str, method: Callable[[str], DictCon
     except OmegaConfBaseException as error:
         raise UserError(why_unresolved(error)) from error
     model, launcher = _made(cfg, "model"), _made(cfg, "launcher")
+    if model.makes_videos:
+        raise UserError(f"model={model_name} makes videos, and the experiments measure images: use run.py compare=true")
     experiments = read_experiments(cfg, method)
     prompts = {each: each.load() for each in dict.fromkeys(experiment.prompts for experiment in experiments)}
     cells = [

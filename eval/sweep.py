@@ -17,7 +17,7 @@ from eval.errors import UserError
 from eval.generate import generate
 from eval.pipelines import ModelConfig, load_pipeline
 from eval.records import Cell, Drawn, Record, Store
-from h2cache import CacheConfig
+from h2cache import CacheConfig, PlanConfig
 
 WARM_UP_STEPS = 8  # allocations, kernel choices; with a cache also the steps that are skipped first
 
@@ -93,9 +93,9 @@ class Painter:
         """The cell's image and measurements, after untimed steps if its method is new here; or why there is none."""
         try:
             if cell.method not in self._warm:
-                # A method for certain conditions, as a plan is, has none for a shorter run.
-                bound = cell.method is not None and cell.method.depends_on_run
-                self._generate(cell, cell.steps if bound else min(cell.steps, WARM_UP_STEPS), lambda done, total: None)
+                # A plan is for its number of steps.
+                steps = cell.steps if isinstance(cell.method, PlanConfig) else min(cell.steps, WARM_UP_STEPS)
+                self._generate(cell, steps, lambda done, total: None)
                 self._warm.add(cell.method)
             return self._generate(cell, cell.steps, on_step)
         except Exception as error:  # whatever a method or a device can raise: the other cells go on

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, fields, replace
-from typing import Any, Self
+from dataclasses import KW_ONLY, asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from .conditions import Conditions
-from .stages import Stage
+from .policy.stages import Stage
+
+if TYPE_CHECKING:
+    from .handle import Handle
 
 
 @dataclass(frozen=True)
@@ -15,9 +17,14 @@ class CacheConfig:
 
     `batch_decision="sample"` decides for every image of a batch as if it were alone; `"mean"` averages the metric
     over the batch and decides once for all, as the published code does.
+
+    Class attributes:
+        record_name: what stored records call the method, whatever module its class moves to; empty: where it is now.
+        added_fields: fields that old records lack. They say nothing there while they have their default.
     """
 
-    depends_on_run = False  # a class of methods says so, if they are made for certain conditions
+    record_name: ClassVar[str] = ""
+    added_fields: ClassVar[tuple[str, ...]] = ()
 
     _: KW_ONLY
     batch_decision: str = "sample"
@@ -30,14 +37,28 @@ class CacheConfig:
         """Whether the images of a batch share one decision."""
         return self.batch_decision == "mean"
 
-    def for_run(self, conditions: Conditions) -> Self:
-        """The configuration for a run under these conditions; asked where `depends_on_run`. ValueError where there is
-        none."""
-        return self
+    @property
+    def split_fraction(self) -> float:
+        """The fraction of a lone block list that is structure; by default FLUX.1's share, 19 of 57 blocks."""
+        return 1 / 3
+
+    def handle_for(self, target: object) -> "Handle | None":
+        """The handle, not yet attached, of a method that works on a whole pipeline; None for a method on blocks.
+
+        Raises:
+            TypeError: where `target` cannot have the method.
+        """
+        return None
 
     def compose(self) -> tuple[Stage, ...]:
         """The method as stages, in the order of the network."""
         raise TypeError(f"{type(self).__name__} describes no method; use one of the methods' configs")
+
+    def identity(self) -> dict[str, Any]:
+        """What an image depends on, for records: `{"method": name, "fields": values}`."""
+        absent = [name for name in self.added_fields if getattr(self, name) == getattr(type(self), name)]
+        values = {name: value for name, value in asdict(self).items() if name not in absent}
+        return {"method": self.record_name or f"{type(self).__module__}.{type(self).__qualname__}", "fields": values}
 
     def updated(self, **changes: Any) -> Self:
         """A copy with the given fields changed. ValueError for an unknown field or a value out of range."""

@@ -3,15 +3,15 @@
 from dataclasses import dataclass
 
 from .config import CacheConfig
-from .decisions import Threshold
-from .forecasts import Forecast, Hermite, Taylor
-from .probes import FirstBlockResidual
-from .stages import Stage
+from .policy.forecasts import Forecast, Hermite, Taylor
+from .policy.probes import FirstBlockResidual
+from .policy.rules import Threshold
+from .policy.stages import DETAIL, STRUCTURE, BlockStage
 
 
 @dataclass(frozen=True)
 class H2CacheConfig(CacheConfig):
-    """Two cached stages: structure (the double-stream blocks) and detail (the single-stream blocks).
+    """Two cached stages: structure (Flux: the double-stream blocks) and detail (Flux: the single-stream blocks).
 
     Each stage runs its first block, compares that block's residual with the one of the last step at which the stage was
     computed, and, when the relative L1 difference is strictly below the stage's threshold, replaces its other blocks by
@@ -25,6 +25,8 @@ class H2CacheConfig(CacheConfig):
         order, sigma: order of the extrapolation, and the scale in (0, 1) of the Hermite basis.
         warmup_steps: first calls of a run that always compute.
         max_consecutive_hits: skips in a row after which a stage computes; None for no limit.
+        split: where a model has one block list, the fraction of it that is structure, in (0, 1); the rest is detail. By
+            default FLUX.1's share, 19 of 57 blocks. Models with two lists have no use for it.
         stages: "both", or only "structure" or only "detail" (the functional-separation study).
         batch_decision: see `CacheConfig`.
 
@@ -32,6 +34,9 @@ class H2CacheConfig(CacheConfig):
     each of the two stages, `order + 1` times when forecasting, in the model's dtype; and two pooled references in
     float32. At FLUX.1-dev, 1024x1024, bfloat16: 2 x 4608 x 3072 numbers, 57 MB, and 13 MB of references.
     """
+
+    record_name = "h2cache.h2.H2CacheConfig"
+    added_fields = ("split",)
 
     tau1: float = 0.15
     tau2: float = 0.22
@@ -44,6 +49,7 @@ class H2CacheConfig(CacheConfig):
     warmup_steps: int = 1
     max_consecutive_hits: int | None = None
     stages: str = "both"
+    split: float = 1 / 3
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,6 +64,11 @@ class H2CacheConfig(CacheConfig):
         self._integer("warmup_steps", 1)
         self._integer("max_consecutive_hits", 1, optional=True)
         self._one_of("stages", ("both", "structure", "detail"))
+        self._fraction("split")
+
+    @property
+    def split_fraction(self) -> float:
+        return self.split
 
     def _forecast(self) -> Forecast:
         forecasts = {"reuse": Taylor(0), "taylor": Taylor(self.order), "hermite": Hermite(self.order, self.sigma)}
@@ -66,18 +77,18 @@ class H2CacheConfig(CacheConfig):
     def _rule(self, threshold: float) -> Threshold:
         return Threshold(threshold, self.warmup_steps, self.max_consecutive_hits)
 
-    def compose(self) -> tuple[Stage, ...]:
+    def compose(self) -> tuple[BlockStage, ...]:
         both = self.stages == "both"
-        structure = Stage(
+        structure = BlockStage(
             name="structure",
-            groups=("double",),
+            roles=(STRUCTURE,),
             probe=FirstBlockResidual(pool=self.pool1),
             rule=self._rule(self.tau1),
             forecast=self._forecast(),
         )
-        detail = Stage(
+        detail = BlockStage(
             name="detail",
-            groups=("single",),
+            roles=(DETAIL,),
             probe=FirstBlockResidual(with_text=True, pool=self.pool2),
             rule=self._rule(self.tau2),
             forecast=self._forecast(),

@@ -1,28 +1,31 @@
 """The record of every decision, and what it adds up to."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .decisions import Decision
-from .memory import Moment
+from .policy.rules import Decision
 
 if TYPE_CHECKING:
     import pandas
+
+    from .runtime.run_state import Timestep
 
 KEPT_RUNS = 1000
 
 
 class Row(NamedTuple):
-    """One decision: a stage of one sample in one call of the denoiser.
+    """One decision: a stage of one sample in one call of the model.
 
-    `diff` is the relL1 that was compared, None where none was measured. `blocks_computed` counts the stage's own
-    blocks.
+    Fields:
+        diff: the relL1 that was compared, None where none was measured.
+        blocks_computed: of the stage's own blocks.
     """
 
     run: int
     step: int
-    timestep: float | Moment
+    timestep: "float | Timestep"
     context: str
     sample: int
     stage: str
@@ -32,23 +35,41 @@ class Row(NamedTuple):
     blocks_computed: int
 
 
+@dataclass
+class RunRecord:
+    """The rows of one run, and how many blocks its stages and its model have."""
+
+    stage_blocks: Mapping[str, int]
+    total_blocks: int
+    rows: list[Row] = field(default_factory=list)
+
+
 class Trace:
     """Decisions of the last `KEPT_RUNS` runs, oldest first; older runs fall out, so that a service does not grow."""
 
     def __init__(self) -> None:
-        self.total_blocks = 0
-        self.stage_blocks: dict[str, int] = {}
-        self._runs: dict[int, list[Row]] = {}
+        self._stages: dict[str, None] = {}  # every stage that has been laid out, in order
+        self._runs: dict[int, RunRecord] = {}
+        self._begun = 0
         self._lock = threading.Lock()
 
-    def rows_of(self, run: int) -> list[Row]:
-        """The list that run number `run` appends to."""
+    def expect(self, stages: Iterable[str]) -> None:
+        """Let the summary name these stages, even before they have decided anything."""
+        self._stages |= dict.fromkeys(stages)
+
+    def begin_run(self, stage_blocks: Mapping[str, int], total_blocks: int) -> int:
+        """The number of a new run, of a method with these stages on a model of so many blocks."""
         with self._lock:
-            if run not in self._runs:
-                self._runs[run] = []
-                if len(self._runs) > KEPT_RUNS:
-                    del self._runs[next(iter(self._runs))]
-            return self._runs[run]
+            number, self._begun = self._begun, self._begun + 1
+            self._runs[number] = RunRecord(stage_blocks, total_blocks)
+            if len(self._runs) > KEPT_RUNS:
+                del self._runs[next(iter(self._runs))]
+        return number
+
+    def rows_of(self, run: int) -> list[Row]:
+        """The list that run number `run` appends to; of nobody's, where the run has fallen out."""
+        record = self._runs.get(run)
+        return [] if record is None else record.rows
 
     def __iter__(self) -> Iterator[Row]:
         """The rows, with their timesteps as numbers."""
@@ -57,14 +78,16 @@ class Trace:
 
     def _rows(self) -> list[Row]:
         with self._lock:
-            return [row for rows in self._runs.values() for row in list(rows)]
+            return [row for record in self._runs.values() for row in list(record.rows)]
 
     def __len__(self) -> int:
         return len(self._rows())
 
     def clear(self) -> None:
+        """Forget all rows. Runs in progress go on with their next step."""
         with self._lock:
-            self._runs.clear()
+            for record in self._runs.values():
+                record.rows = []
 
     def to_pandas(self) -> "pandas.DataFrame":
         """One row per call x sample x stage, with the columns of `Row`."""
@@ -76,22 +99,27 @@ class Trace:
     def summary(self) -> dict[str, Any]:
         """Totals over the trace.
 
-        `runs`; `steps` (calls of the denoiser, summed over runs and contexts); `stages`: per stage the number of each
-        decision; `computed_fraction` of all blocks, over samples; `max_speedup`, its inverse: the bound on the speedup
-        if everything but the blocks were free (a double and a single block cost the same number of FLOPs a token).
+        Returns:
+            `runs`; `steps`, the calls of the model, summed over runs and contexts; `stages`, per stage the number of
+            each decision; `computed_fraction` of all blocks, over samples; `max_speedup`, its inverse: the bound on the
+            speedup if everything but the blocks were free (a double and a single block of Flux cost the same number of
+            FLOPs a token).
         """
-        rows = self._rows()
-        stages = {name: {str(decision): 0 for decision in Decision} for name in self.stage_blocks}
-        for row in rows:
-            stages[row.stage][row.decision] += 1
-        calls = {(row.run, row.context, row.step) for row in rows}
-        images = {(row.run, row.context, row.step, row.sample) for row in rows}
-        total = len(images) * self.total_blocks
-        skipped = sum(self.stage_blocks[row.stage] - row.blocks_computed for row in rows)
+        with self._lock:
+            records = [replace(record, rows=list(record.rows)) for record in self._runs.values()]
+        stages = {name: {str(decision): 0 for decision in Decision} for name in self._stages}
+        runs = steps = total = skipped = 0
+        for record in records:
+            runs += bool(record.rows)
+            steps += len({(row.context, row.step) for row in record.rows})
+            total += len({(row.context, row.step, row.sample) for row in record.rows}) * record.total_blocks
+            for row in record.rows:
+                stages[row.stage][row.decision] += 1
+                skipped += record.stage_blocks[row.stage] - row.blocks_computed
         fraction = 1 - skipped / total if total else 1.0
         return {
-            "runs": len({row.run for row in rows}),
-            "steps": len(calls),
+            "runs": runs,
+            "steps": steps,
             "stages": stages,
             "computed_fraction": fraction,
             "max_speedup": 1 / fraction,

@@ -20,6 +20,7 @@ from hydra.utils import instantiate
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
+from repository import REPOSITORY
 from rich.console import Console
 
 import h2cache
@@ -30,7 +31,6 @@ from eval.metrics import psnr, ssim
 from eval.timeline import Timeline
 from h2cache import H2CacheConfig
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 PROMPT = 'a sign, with "STOP" (it\'s red)'
 CALL = {"height": 32, "width": 32, "num_inference_steps": 12, "max_sequence_length": 40}
 

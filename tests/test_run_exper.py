@@ -6,8 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from repository import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 MAKEFILE = '.venv/eval.stamp:\n\t@echo made "$(CURDIR)"\n'
 PYTHON = """#!/bin/bash
 printf '%s\\n' "$PWD" "$PYTHONPATH" "$@"

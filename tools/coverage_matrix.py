@@ -1,8 +1,9 @@
-"""Which method is tested on which transformer: `python -m tools.coverage_matrix`.
+"""Which method is tested on which transformer: `python -m tools.coverage_matrix [nunchaku | families]`.
 
-The table is made from the tests that pytest collects, by their parameters: the configurations in `tests/conftest.py`
-and the transformer that a test runs on. `--write PAGE` puts it between the two marks in a page, `--check PAGE` exits
-with 1 where the page says something else.
+The tables are made from the tests that pytest collects, by their parameters. `nunchaku` (docs/nunchaku.md): the
+configurations in `tests/support/methods_under_test.py` and the transformer that a test runs on. `families`
+(docs/models.md): see `tools/coverage_families.py`. `--write PAGE` puts the table between the two marks in a page,
+`--check PAGE` exits with 1 where the page says something else.
 """
 
 import argparse
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tools import coverage_families
 
 BEGIN, END = "<!-- tools.coverage_matrix: begin -->", "<!-- tools.coverage_matrix: end -->"
 DIFFUSERS = "diffusers"
@@ -88,10 +91,16 @@ def cell(column: str, tests: set[str], skipped: str | None) -> str:
     )
 
 
-def table() -> str:
-    """The table in Markdown, and why nothing was run on the real nunchaku."""
+def families_table() -> str:
+    """The table of families in Markdown."""
     items = collect()
-    methods = {method.id: method.values[0] for method in sys.modules["conftest"].METHODS}
+    return coverage_families.table(items, [family.name for family in sys.modules["families"].FAMILIES])
+
+
+def nunchaku_table() -> str:
+    """The table of nunchaku's transformers in Markdown, and why nothing was run on the real ones."""
+    items = collect()
+    methods = {method.id: method.values[0] for method in sys.modules["methods_under_test"].METHODS}
     skipped = sys.modules["nunchakus"].reason_to_skip()
     found = coverage(items, methods)
     lines = ["| method | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
@@ -101,6 +110,9 @@ def table() -> str:
     if skipped is not None:
         lines += ["", f"Nothing was run on the real nunchaku where this was written: {skipped}."]
     return "\n".join(lines)
+
+
+TABLES = {"nunchaku": nunchaku_table, "families": families_table}
 
 
 def inserted(page: str, text: str) -> str:
@@ -114,20 +126,21 @@ def inserted(page: str, text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("table", choices=TABLES, nargs="?", default="nunchaku")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--write", type=Path, metavar="PAGE", help="put the table into a page")
     where.add_argument("--check", type=Path, metavar="PAGE", help="exit with 1 unless the page has this table")
     options = parser.parse_args()
     page = options.write or options.check
     if page is None:
-        print(table())
+        print(TABLES[options.table]())
         return
     now = page.read_text(encoding="utf-8")
-    made = inserted(now, table())
+    made = inserted(now, TABLES[options.table]())
     if options.write:
         page.write_text(made, encoding="utf-8")
     elif made != now:
-        raise SystemExit(f"{page} is out of date: python -m tools.coverage_matrix --write {page}")
+        raise SystemExit(f"{page} is out of date: python -m tools.coverage_matrix {options.table} --write {page}")
 
 
 if __name__ == "__main__":

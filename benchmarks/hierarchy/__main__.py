@@ -18,7 +18,7 @@ from rich.console import Console
 
 from benchmarks.methods import write_between
 from eval.pipelines import load_pipeline
-from h2cache.calibration import record
+from h2cache.plans import record
 from tools.calibration_prompts import scene_prompts
 
 from .experiment import Experiment, Prompts, computed_steps, work_of_stages

@@ -8,7 +8,7 @@ import numpy as np
 
 from benchmarks.count import WorkCounter
 from h2cache import Plan
-from h2cache.calibration import Trajectories
+from h2cache.plans import Trajectories
 
 from .plans import ALL_CORRECTED, ONE_STAGE, TWO_STAGES, Family, Level, Levels, Work
 from .search import Counted, PlanSearch, searched

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from h2cache.calibration.search import spread
+from h2cache.plans.search import spread
 
 SHAPES = ((1, 1.4), (3, 1.2))  # of the hand-made plans: two of those that calibration begins with
 PARTS = (0.25, 0.5)  # of their computing steps that compute one stage alone

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from h2cache.calibration.search import Ascent
+from h2cache.plans.search import Ascent
 
 from .plans import Family, Level, Levels, Work
 

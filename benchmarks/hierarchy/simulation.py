@@ -1,6 +1,6 @@
 """Runs of two-stage plans on recorded prompts. Weights are fitted on some prompts, and replayed on others.
 
-As in h2cache.calibration.simulate the weights are fitted in the state that the cached run has come to, and runs share
+As in h2cache.plans.simulate the weights are fitted in the state that the cached run has come to, and runs share
 the steps that their plans begin with alike.
 """
 
@@ -10,8 +10,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from h2cache.calibration import Trajectories
-from h2cache.calibration.weights import combine, fit_weights
+from h2cache.plans import Trajectories
+from h2cache.plans.weights import combine, fit_weights
 
 from .plans import Level, Levels
 from .stages import Residual, combined, evaluate

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from h2cache.calibration import Trajectories
-from h2cache.calibration.weights import combine
+from h2cache.plans import Trajectories
+from h2cache.plans.weights import combine
 
 
 class Residual(NamedTuple):

@@ -12,9 +12,10 @@ from itertools import count
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..streams import JointCall, Streams
+from .block_call import BlockCall, BlockInterface, Rows, Streams
 
 
 class Rotary(NamedTuple):
@@ -52,6 +53,31 @@ class Identity:
             core.set_residual_callback(None)
 
 
+@dataclass(frozen=True)
+class ImagePrompt:
+    """What IP-Adapter adds to the image tokens behind every double layer: `scale` times what the layer's queries see.
+
+    Fields:
+        keys, values: the projections of the prompt, for each layer.
+        tokens: of the prompt, (1, T, E).
+        scale: of what is added.
+        heads: of the attention.
+    """
+
+    keys: Sequence[Callable[[Tensor], Tensor]]
+    values: Sequence[Callable[[Tensor], Tensor]]
+    tokens: Tensor
+    scale: float
+    heads: int
+
+    def residual(self, index: int, queries: Tensor) -> Tensor:
+        """(1, N, D), of the queries (1, N, D) of double layer `index`."""
+        parts = queries, self.keys[index](self.tokens), self.values[index](self.tokens)
+        query, key, value = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
+        seen = F.scaled_dot_product_attention(query, key, value)
+        return self.scale * seen.transpose(1, 2).flatten(2)
+
+
 class Layer(nn.Module):
     """One layer of the core.
 
@@ -70,19 +96,20 @@ class Layer(nn.Module):
         temb: Tensor,
         rotary: Rotary,
         identity: Identity | None = None,
+        prompt: ImagePrompt | None = None,
         rest: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """With `rest`, every layer behind the first, in one call of the core."""
-        run = self._rest if rest else self._alone
-        return run(hidden_states, encoder_hidden_states, temb, rotary, identity)
-
-    def _alone(self, image: Tensor, text: Tensor, temb: Tensor, rotary: Rotary, identity: Identity | None) -> tuple:
-        text, image = self._run(image, text, temb, rotary)
+        """With `rest`, every layer behind the first, in one call of the core, which knows no image prompt."""
+        if rest:
+            return self._rest(hidden_states, encoder_hidden_states, temb, rotary, identity)
+        text, image = self._run(hidden_states, encoder_hidden_states, temb, rotary, prompt)
         if identity is not None and self.number is not None:
             image = image + identity.residual(self.number, image)
         return text, image
 
-    def _run(self, image: Tensor, text: Tensor, temb: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+    def _run(
+        self, image: Tensor, text: Tensor, temb: Tensor, rotary: Rotary, prompt: ImagePrompt | None
+    ) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
     def _rest(self, image: Tensor, text: Tensor, temb: Tensor, rotary: Rotary, identity: Identity | None) -> tuple:
@@ -97,11 +124,15 @@ class Layer(nn.Module):
 class DoubleLayer(Layer):
     """A layer on two streams."""
 
-    def _run(self, image: Tensor, text: Tensor, temb: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        image, text = self.core.forward_layer(
-            self.index, image.contiguous(), text.contiguous(), temb, rotary.image, rotary.text
-        )
-        return text, image
+    def _run(
+        self, image: Tensor, text: Tensor, temb: Tensor, rotary: Rotary, prompt: ImagePrompt | None
+    ) -> tuple[Tensor, Tensor]:
+        given = self.index, image.contiguous(), text.contiguous(), temb, rotary.image, rotary.text
+        if prompt is None:
+            image, text = self.core.forward_layer(*given)
+            return text, image
+        image, text, queries = self.core.forward_layer_ip_adapter(*given)
+        return text, image + prompt.residual(self.index, queries)
 
     def norm1(self, hidden_states: Tensor, emb: Tensor) -> tuple[Tensor, ...]:
         """The first norm, alone: modulated image tokens, and four gates, shifts and scales."""
@@ -111,24 +142,27 @@ class DoubleLayer(Layer):
 class SingleLayer(Layer):
     """A layer on [text; image]."""
 
-    def _run(self, image: Tensor, text: Tensor, temb: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+    def _run(
+        self, image: Tensor, text: Tensor, temb: Tensor, rotary: Rotary, prompt: ImagePrompt | None
+    ) -> tuple[Tensor, Tensor]:
         joined = self.core.forward_single_layer(self.index, join(text, image), temb, rotary.single)
         return joined[:, : text.shape[1]], joined[:, text.shape[1] :]
 
 
-def layers(core: Any, double: int, single: int) -> dict[str, list[nn.Module]]:
-    """The core's layers, in the order of the network."""
+def layers(core: Any, double: int, single: int) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The core's double and single layers, in the order of the network."""
     behind_double = (double + 1) // 2
-    return {
-        "double": [DoubleLayer(core, i, i // 2 if i % 2 == 0 else None) for i in range(double)],
-        "single": [SingleLayer(core, i, behind_double + i // 4 if i % 4 == 0 else None) for i in range(single)],
-    }
+    return (
+        [DoubleLayer(core, i, i // 2 if i % 2 == 0 else None) for i in range(double)],
+        [SingleLayer(core, i, behind_double + i // 4 if i % 4 == 0 else None) for i in range(single)],
+    )
 
 
-class LayerCall(JointCall):
+class LayerCall(BlockCall):
     """Both streams in and out; what stands in for skipped layers is written as one tensor [text; image]."""
 
-    per_sample = ("hidden_states", "encoder_hidden_states", "temb", "identity")
+    def __init__(self, block: nn.Module):
+        super().__init__(block, BlockInterface(per_sample=("temb", "identity")))
 
     def room(self, streams: Streams) -> Streams | None:
         if torch.is_grad_enabled():
@@ -136,13 +170,13 @@ class LayerCall(JointCall):
         image, text = streams
         batch, text_tokens, width = text.shape
         joined = image.new_empty(batch, text_tokens + image.shape[1], width)
-        return Streams(joined[:, text_tokens:], joined[:, :text_tokens])
+        return joined[:, text_tokens:], joined[:, :text_tokens]
 
-    def select(self, arguments: dict[str, Any], rows: Tensor, batch: int) -> dict[str, Any]:
+    def select(self, arguments: dict[str, Any], rows: Rows, batch: int) -> dict[str, Any]:
         chosen = super().select(arguments, rows, batch)
         identity = chosen.get("identity")
         if identity is not None and identity.embeddings.shape[0] == batch:
-            embeddings = identity.embeddings.index_select(0, rows)
+            embeddings = identity.embeddings[rows]
             chosen["identity"] = Identity(identity.cross_attentions, embeddings, identity.weight)
         return chosen
 

@@ -4,9 +4,11 @@ from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
+from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from .models.embeddings import unpack_rotemb
+from .ops.gemv import assert_gemv_samples
 
 
 class QuantizedFluxModel:
@@ -89,17 +91,42 @@ class QuantizedFluxModel:
         return self._added(controlnet_block_samples, idx, len(self._double), image), text
 
     @torch.no_grad()
+    def forward_layer_ip_adapter(
+        self,
+        idx: int,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        rotary_emb_img: Tensor,
+        rotary_emb_context: Tensor,
+        controlnet_block_samples: Tensor | None = None,
+        controlnet_single_block_samples: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(image, text, queries of the image) behind one double layer.
+
+        The queries (B, M, heads * head_dim) are the layer's own, of its output before ControlNet's sample.
+        """
+        image, text = self.forward_layer(
+            idx, hidden_states, encoder_hidden_states, temb, rotary_emb_img, rotary_emb_context
+        )
+        layer = self._double[idx]
+        query = layer.attn.to_q(layer.norm1(image, emb=temb)[0]).unflatten(-1, (layer.attn.heads, -1))
+        table = unpack_rotemb(rotary_emb_img, image.shape[1])
+        query = apply_rotary_emb(layer.attn.norm_q(query), table, sequence_dim=1).flatten(2)
+        return self._added(controlnet_block_samples, idx, len(self._double), image), text, query.contiguous()
+
+    @torch.no_grad()
     def forward_single_layer(self, idx: int, hidden_states: Tensor, temb: Tensor, rotary_emb_single: Tensor) -> Tensor:
         """[text; image] behind one single layer. No residual is asked for, and no sample added."""
         self._check(hidden_states, "hidden_states", 3)
-        self._check(temb, "temb", 2, len(hidden_states))
+        self._check_temb(temb, len(hidden_states))
         return self._run_single(idx, hidden_states, temb, rotary_emb_single)
 
     @torch.no_grad()
     def norm_one_forward(self, idx: int, hidden_states: Tensor, temb: Tensor) -> tuple[Tensor, ...]:
         """The first norm of a double layer: modulated tokens, and four scales and shifts. Loads no weights."""
         self._check(hidden_states, "hidden_states", 3)
-        self._check(temb, "temb", 2, len(hidden_states))
+        self._check_temb(temb, len(hidden_states))
         if self._offload and ("double", idx) not in self._loaded:
             raise RuntimeError(f"layer {idx} is not on the device")
         return self._double[idx].norm1(hidden_states, emb=temb)
@@ -154,7 +181,11 @@ class QuantizedFluxModel:
     def _check_streams(self, image: Tensor, text: Tensor, temb: Tensor) -> None:
         self._check(image, "hidden_states", 3)
         self._check(text, "encoder_hidden_states", 3, len(image))
-        self._check(temb, "temb", 2, len(image))
+        self._check_temb(temb, len(image))
+
+    def _check_temb(self, temb: Tensor, batch: int) -> None:
+        self._check(temb, "temb", 2, batch)
+        assert_gemv_samples(batch)
 
     def _check(self, tensor: Tensor, name: str, dimensions: int, batch: int | None = None) -> None:
         """What the kernels take for granted; contiguity they would restore by a copy, which nobody should need."""

@@ -1,1 +1,1 @@
-"""Models, as far as Flux needs them."""
+"""Models, as far as caches meet them."""

@@ -7,19 +7,24 @@ TILE = 256
 
 
 class NunchakuFluxPosEmbed(nn.Module):
-    """Position ids (tokens, axes) to a table (1, 1, tokens, head_dim / 2, 1, 2) of sine and cosine, float32."""
+    """V2's module of rotary embeddings."""
 
     def __init__(self, dim: int, theta: int, axes_dim: list[int]):
         super().__init__()
         self.dim, self.theta, self.axes_dim = dim, theta, axes_dim
 
     def forward(self, ids: Tensor) -> Tensor:
-        angles = []
-        for axis, width in enumerate(self.axes_dim):
-            exponents = torch.arange(0, width, 2, dtype=torch.float64, device=ids.device) / width
-            angles.append(torch.outer(ids[:, axis].double(), 1.0 / self.theta**exponents))
-        angle = torch.cat(angles, dim=1)
-        return torch.stack([angle.sin(), angle.cos()], dim=-1).float()[None, None, :, :, None]
+        return rotary_table(ids, self.theta, self.axes_dim)
+
+
+def rotary_table(ids: Tensor, theta: int, axes_dim: list[int]) -> Tensor:
+    """Position ids (tokens, axes) to a table (1, 1, tokens, head_dim / 2, 1, 2) of sine and cosine, float32."""
+    angles = []
+    for axis, width in enumerate(axes_dim):
+        exponents = torch.arange(0, width, 2, dtype=torch.float64, device=ids.device) / width
+        angles.append(torch.outer(ids[:, axis].double(), 1.0 / theta**exponents))
+    angle = torch.cat(angles, dim=1)
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).float()[None, None, :, :, None]
 
 
 def pack_rotemb(rotemb: Tensor) -> Tensor:

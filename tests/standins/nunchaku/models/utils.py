@@ -1,4 +1,4 @@
-"""Padding, and weights of four bits."""
+"""Padding, weights of four bits, linear layers in one, and offloading block by block."""
 
 import copy
 
@@ -32,3 +32,41 @@ def quantized(transformer: nn.Module) -> nn.Module:
             if isinstance(module, nn.Linear):
                 module.weight = nn.Parameter(rounded(module.weight.data))
     return made
+
+
+def fuse_linears(linears: list[nn.Linear]) -> nn.Linear:
+    """Layers with the same input as one, their outputs one behind the other. nunchaku leaves the weights empty."""
+    biased = all(linear.bias is not None for linear in linears)
+    width, dtype = linears[0].in_features, linears[0].weight.dtype
+    fused = nn.Linear(width, sum(linear.out_features for linear in linears), bias=biased, dtype=dtype)
+    fused.weight.data = torch.cat([linear.weight.data for linear in linears])
+    if biased:
+        fused.bias.data = torch.cat([linear.bias.data for linear in linears])
+    return fused
+
+
+class CPUOffloadManager:
+    """Runs blocks in two buffers, copies of the first block that take the weights of each block in turn.
+
+    Only the first `num_blocks_on_gpu` are run themselves: hooks on the others are not called, and hooks that the first
+    block has when this is made are copied. Devices and streams are left out.
+    """
+
+    def __init__(
+        self,
+        blocks: nn.ModuleList,
+        use_pin_memory: bool = True,
+        on_gpu_modules: tuple[nn.Module, ...] = (),
+        num_blocks_on_gpu: int = 1,
+    ):
+        if num_blocks_on_gpu < 1:
+            raise AssertionError("num_blocks_on_gpu > 0")
+        self.blocks, self.num_blocks_on_gpu = blocks, num_blocks_on_gpu
+        self.buffer_blocks = [copy.deepcopy(blocks[0]), copy.deepcopy(blocks[0])]
+
+    def get_block(self, block_idx: int) -> nn.Module:
+        if block_idx < self.num_blocks_on_gpu:
+            return self.blocks[block_idx]
+        buffer = self.buffer_blocks[block_idx % 2]
+        buffer.load_state_dict(self.blocks[block_idx].state_dict())
+        return buffer

@@ -9,7 +9,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from ..._C import QuantizedFluxModel
-from ..embeddings import NunchakuFluxPosEmbed, pack_rotemb
+from ..embeddings import pack_rotemb, rotary_table
 from ..utils import pad_tensor
 
 SVD_RANK = 32
@@ -48,14 +48,10 @@ class NunchakuFluxTransformerBlocks(nn.Module):
             tensor.to(dtype=self.dtype, device=self.device) for tensor in (hidden_states, encoder_hidden_states, temb)
         )
         double, single = (
-            torch.stack(samples).to(self.device) if samples else None
-            for samples in (controlnet_block_samples, controlnet_single_block_samples)
+            stacked(samples, self.device) for samples in (controlnet_block_samples, controlnet_single_block_samples)
         )
-        if image_rotary_emb.shape[:3] != (1, 1, text_tokens + image_tokens) or image_rotary_emb.ndim != 6:
-            raise AssertionError(f"rotary embeddings of shape {tuple(image_rotary_emb.shape)}")
-        table = image_rotary_emb.to(self.device).reshape(1, text_tokens + image_tokens, *image_rotary_emb.shape[3:])
-        parts = table[:, text_tokens:], table[:, :text_tokens], table
-        packed = [self.pack_rotemb(pad_tensor(part, 256, 1)) for part in parts]
+        parts = rotary_parts(image_rotary_emb.to(self.device), text_tokens, image_tokens)
+        packed = [self.pack_rotemb(part) for part in parts]
         joined = self.m.forward(image, text, temb, *packed, double, single, skip_first_layer)
         if id_embeddings is not None:
             self.reset_pulid_residual_callback()
@@ -84,6 +80,31 @@ class NunchakuFluxTransformerBlocks(nn.Module):
         self.m.reset()
 
 
+def rotary_parts(table: Tensor, text_tokens: int, image_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows of image, text and both in a table (1, 1, M+N, head_dim / 2, 1, 2), each padded to a multiple of 256."""
+    if table.shape[:3] != (1, 1, text_tokens + image_tokens) or table.ndim != 6:
+        raise AssertionError(f"rotary embeddings of shape {tuple(table.shape)}")
+    table = table[0]
+    parts = table[:, text_tokens:], table[:, :text_tokens], table
+    return tuple(pad_tensor(part, 256, 1) for part in parts)
+
+
+def stacked(samples: list[Tensor] | None, device: str | torch.device) -> Tensor | None:
+    """ControlNet's samples as the core takes them."""
+    return torch.stack(samples).to(device) if samples else None
+
+
+class EmbedND(nn.Module):
+    """V1's module of rotary embeddings."""
+
+    def __init__(self, dim: int, theta: int, axes_dim: list[int]):
+        super().__init__()
+        self.dim, self.theta, self.axes_dim = dim, theta, axes_dim
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return rotary_table(ids, self.theta, self.axes_dim)
+
+
 class NunchakuFluxTransformer2dModel(FluxTransformer2DModel):
     """V1. Made from a diffusers Flux by `standing_for`, where the real one is made by `from_pretrained`."""
 
@@ -108,8 +129,8 @@ class NunchakuFluxTransformer2dModel(FluxTransformer2DModel):
         return made.eval()
 
     def inject_quantized_module(self, m: QuantizedFluxModel, device: str | torch.device = "cuda"):
-        axes = list(self.config.axes_dims_rope)  # nunchaku has FLUX.1's own here
-        self.pos_embed = NunchakuFluxPosEmbed(dim=self.inner_dim, theta=10000, axes_dim=axes)
+        axes = list(self.config.axes_dims_rope)  # nunchaku has FLUX.1's own here, 16, 56, 56
+        self.pos_embed = EmbedND(dim=self.inner_dim, theta=10000, axes_dim=axes)
         self.transformer_blocks = nn.ModuleList([NunchakuFluxTransformerBlocks(m, device)])
         self.single_transformer_blocks = nn.ModuleList([])
         return self
@@ -159,16 +180,17 @@ class NunchakuFluxTransformer2dModel(FluxTransformer2DModel):
         id_weight=None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """The last two arguments are those of nunchaku's PuLID pipeline, which puts a forward with them in place."""
+        project_ip_adapter(self, joint_attention_kwargs)
         image, temb, text, table = embedded(
             self, hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids, guidance
         )
+        identity = {} if id_embeddings is None else {"id_embeddings": id_embeddings, "id_weight": id_weight}
         text, image = self.transformer_blocks[0](
             hidden_states=image,
             encoder_hidden_states=text,
             temb=temb,
             image_rotary_emb=table,
-            id_embeddings=id_embeddings,
-            id_weight=id_weight,
+            **identity,
             joint_attention_kwargs=joint_attention_kwargs,
             controlnet_block_samples=controlnet_block_samples,
             controlnet_single_block_samples=controlnet_single_block_samples,
@@ -176,6 +198,13 @@ class NunchakuFluxTransformer2dModel(FluxTransformer2DModel):
         image = torch.cat([text, image], dim=1)[:, text.shape[1] :]
         output = self.proj_out(self.norm_out(image, temb))
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+
+def project_ip_adapter(model: FluxTransformer2DModel, joint_attention_kwargs: dict[str, Any] | None) -> None:
+    """Put the projected embeddings of an IP-Adapter's image in their place. Changes the caller's dictionary."""
+    if joint_attention_kwargs is not None and "ip_adapter_image_embeds" in joint_attention_kwargs:
+        embeds = joint_attention_kwargs.pop("ip_adapter_image_embeds")
+        joint_attention_kwargs["ip_hidden_states"] = model.encoder_hid_proj(embeds)
 
 
 def embedded(

@@ -4,15 +4,15 @@ import copy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
 
+from ...ops.fused import assert_rotary_rows, fused_gelu_mlp
 from ..embeddings import NunchakuFluxPosEmbed, pack_rotemb, unpack_rotemb
-from ..utils import pad_tensor
-from .transformer_flux import embedded
+from ..linear import AWQW4A16Linear, SVDQW4A4Linear
+from .transformer_flux import embedded, project_ip_adapter, rotary_parts
 
 
 class NunchakuFluxTransformerBlock(FluxTransformerBlock):
@@ -22,6 +22,8 @@ class NunchakuFluxTransformerBlock(FluxTransformerBlock):
         super(FluxTransformerBlock, self).__init__()
         for name, part in block.named_children():
             self.add_module(name, part)
+        for norm in (self.norm1, self.norm1_context):
+            norm.linear = AWQW4A16Linear.from_linear(norm.linear)
 
     def forward(
         self,
@@ -34,8 +36,8 @@ class NunchakuFluxTransformerBlock(FluxTransformerBlock):
         if joint_attention_kwargs:
             raise NotImplementedError("joint_attention_kwargs is not supported")
         check(self, hidden_states, encoder_hidden_states, temb)
-        image = unpack_rotemb(image_rotary_emb[0], hidden_states.shape[1])
-        text = unpack_rotemb(image_rotary_emb[1], encoder_hidden_states.shape[1])
+        image = read(image_rotary_emb[0], hidden_states)
+        text = read(image_rotary_emb[1], encoder_hidden_states)
         table = tuple(torch.cat(parts) for parts in zip(text, image, strict=True))
         return super().forward(hidden_states, encoder_hidden_states, temb, table)
 
@@ -46,13 +48,12 @@ class NunchakuFluxSingleTransformerBlock(FluxSingleTransformerBlock):
     def __init__(self, block: FluxSingleTransformerBlock):
         super(FluxSingleTransformerBlock, self).__init__()
         self.mlp_hidden_dim, self.norm, self.act_mlp = block.mlp_hidden_dim, block.norm, block.act_mlp
-        self.mlp_fc1, self.attn = block.proj_mlp, block.attn
-        width = block.proj_out.out_features
-        projections = block.proj_out.weight.data.split([width, self.mlp_hidden_dim], dim=1)
-        self.attn.to_out, self.mlp_fc2 = (nn.Linear(part.shape[1], width, dtype=part.dtype) for part in projections)
-        self.attn.to_out.weight, self.mlp_fc2.weight = (nn.Parameter(part.clone()) for part in projections)
-        self.attn.to_out.bias = nn.Parameter(torch.zeros_like(block.proj_out.bias.data))
-        self.mlp_fc2.bias = block.proj_out.bias
+        self.norm.linear = AWQW4A16Linear.from_linear(self.norm.linear)
+        self.mlp_fc1, self.attn = SVDQW4A4Linear.from_linear(block.proj_mlp), block.attn
+        weight, bias = block.proj_out.weight, block.proj_out.bias
+        attention, mlp = weight.split([len(weight), self.mlp_hidden_dim], dim=1)
+        self.attn.to_out = SVDQW4A4Linear(attention, torch.zeros_like(bias))
+        self.mlp_fc2 = SVDQW4A4Linear(mlp, bias)
 
     def forward(
         self,
@@ -62,7 +63,7 @@ class NunchakuFluxSingleTransformerBlock(FluxSingleTransformerBlock):
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> Tensor:
         check(self, hidden_states, hidden_states, temb)
-        table = unpack_rotemb(image_rotary_emb, hidden_states.shape[1])
+        table = read(image_rotary_emb, hidden_states)
         normed, gate = self.norm(hidden_states, emb=temb)
         mlp = fused_gelu_mlp(normed, self.mlp_fc1, self.mlp_fc2)
         attention = self.attn.to_out(self.attn(normed, image_rotary_emb=table, **(joint_attention_kwargs or {})))
@@ -70,10 +71,10 @@ class NunchakuFluxSingleTransformerBlock(FluxSingleTransformerBlock):
         return hidden_states.clip(-65504, 65504) if hidden_states.dtype == torch.float16 else hidden_states
 
 
-def fused_gelu_mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
-    """Both layers in one kernel, which reads their weights: the modules themselves are not called."""
-    x = F.gelu(F.linear(x.view(-1, x.shape[-1]), fc1.weight, fc1.bias), approximate="tanh").view(*x.shape[:-1], -1)
-    return F.linear(x, fc2.weight, fc2.bias)
+def read(rotary: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The (cosines, sines) that the projection of `tokens` (B, M, D) reads; one image at a time."""
+    assert_rotary_rows(rotary, *tokens.shape[:2])
+    return unpack_rotemb(rotary, tokens.shape[1])
 
 
 def check(block: nn.Module, image: Tensor, text: Tensor, temb: Tensor) -> None:
@@ -119,13 +120,13 @@ class NunchakuFluxTransformer2DModelV2(FluxTransformer2DModel):
         return_dict: bool = True,
         controlnet_blocks_repeat: bool = False,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
+        project_ip_adapter(self, joint_attention_kwargs)
         image, temb, text, table = embedded(
             self, hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids, guidance
         )
         text_tokens = text.shape[1]
-        table = table[0]
-        parts = table[:, text_tokens:], table[:, :text_tokens], table
-        rotary_image, rotary_text, rotary_single = (pack_rotemb(pad_tensor(part, 256, 1)) for part in parts)
+        parts = rotary_parts(table, text_tokens, image.shape[1])
+        rotary_image, rotary_text, rotary_single = (pack_rotemb(part) for part in parts)
         for block in self.transformer_blocks:
             text, image = block(
                 hidden_states=image,

@@ -1,0 +1,45 @@
+"""diffusers' `LTXVideoTransformer3DModel`."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .base import Adapter, BlockList, BlockModules
+from .block_call import BlockInterface, plain
+
+BLOCK = BlockInterface(
+    streams=("hidden_states",),
+    returns=None,
+    per_sample=("encoder_hidden_states", "temb", "image_rotary_emb", "encoder_attention_mask"),
+)
+
+
+class LTXAdapter(Adapter):
+    """LTX-Video, text or image to video: one list of blocks on the video tokens alone.
+
+    - The text is only read, by cross-attention: no stream.
+    - Guidance is a doubled batch.
+    - The rotary table has a batch dimension.
+    - With an image the model gets a timestep per token: smaller, or 0, for those that are given.
+    - What scales the positions is made for each run: a tuple of numbers, or the positions themselves.
+    """
+
+    family = "LTX-Video"
+    classes = ("LTXVideoTransformer3DModel",)
+    block_lists = (BlockList("transformer_blocks", interface=BLOCK),)
+    run_arguments = ("video_coords", "rope_interpolation_scale")
+
+    def timestep(self, given: dict[str, Any]) -> Tensor:
+        timestep = given["timestep"]
+        return timestep.amax(dim=1) if timestep.ndim == 2 else timestep.reshape(-1)
+
+    def modulated(self, block: nn.Module, arguments: dict[str, Any]) -> Tensor:
+        hidden_states, temb = arguments["hidden_states"], arguments["temb"]
+        # (B, 1 or N, 6, D)
+        table = block.scale_shift_table
+        shift, scale = (table + temb.unflatten(2, table.shape)).unbind(dim=2)[:2]
+        return block.norm1(hidden_states) * (1 + scale) + shift
+
+    def modules(self, block: nn.Module) -> BlockModules:
+        inside = plain(block)
+        return BlockModules(forecast=(inside.attn1, inside.attn2, inside.ff), image_mlp=inside.ff)

@@ -1,0 +1,52 @@
+"""Caches of other libraries on the same transformer: two caches would stack, and neither would know."""
+
+from torch import nn
+
+from .nunchaku_caches import removal_of_nunchaku_cache
+
+# Of the files in diffusers.hooks, those that hold a cache end in this, or are this one.
+DIFFUSERS_CACHES = ("_cache", "pyramid_attention_broadcast")
+
+
+def refuse_other_caches(transformer: nn.Module) -> None:
+    """Raise RuntimeError, with the call that removes it, where another library's cache shows on the transformer.
+
+    A few look-ups, for every call of the model.
+    """
+    removal = removal_of_nunchaku_cache(transformer)
+    if removal is not None:
+        refuse(transformer, "one of nunchaku's own caches", removal)
+    known = vars(transformer)  # what is not there would be looked for in the model's configuration too
+    if known.get("_cache_config") is not None:
+        refuse(transformer, "diffusers' own cache enabled", "transformer.disable_cache()")
+    if known.get("_is_cached"):
+        manager = known.get("_context_manager")
+        if type(manager).__module__.startswith("cache_dit."):
+            enabled_on = "transformer" if getattr(manager, "persistent_context", False) else "pipe"
+            refuse(transformer, "a cache of cache-dit", f"cache_dit.disable_cache({enabled_on})")
+        refuse(transformer, "another library's cache", "loading the transformer anew")
+
+
+def refuse_hooked_caches(transformer: nn.Module) -> None:
+    """The same where a cache of diffusers was applied without `enable_cache`, which shows on its hooks alone.
+
+    Looks at every module, once a run.
+    """
+    found, modules = [], [transformer]
+    for module in modules:  # `transformer.modules()` makes a name for each, and takes eight times as long
+        modules += [child for child in module._modules.values() if child is not None]  # a compiled one has no truth
+        registry = vars(module).get("_diffusers_hook")
+        for name, hook in registry.hooks.items() if registry is not None else ():
+            if type(hook).__module__.startswith("diffusers.") and type(hook).__module__.endswith(DIFFUSERS_CACHES):
+                found.append(name)
+    if found:
+        registry = "diffusers.hooks.HookRegistry.check_if_exists_or_initialize(transformer)"
+        names = " and ".join(map(repr, dict.fromkeys(found)))
+        refuse(transformer, "hooks of diffusers' own cache", f"{registry}.remove_hook(name) for {names}")
+
+
+def refuse(transformer: nn.Module, what: str, removal: str) -> None:
+    raise RuntimeError(
+        f"{type(transformer).__name__} has {what}, and two caches do not work together: remove one, by {removal} or by "
+        "handle.remove()"
+    )

@@ -1,0 +1,38 @@
+"""diffusers' `PixArtTransformer2DModel`: PixArt-alpha and -sigma."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .base import Adapter, BlockList, BlockModules
+from .block_call import BlockInterface, plain
+
+PER_SAMPLE = ("attention_mask", "encoder_hidden_states", "encoder_attention_mask", "timestep")
+BLOCK = BlockInterface(streams=("hidden_states",), returns=None, per_sample=(*PER_SAMPLE, "cross_attention_kwargs"))
+
+
+class PixArtAdapter(Adapter):
+    """PixArt-alpha and -sigma: one list of blocks on the image tokens alone.
+
+    - The text is only read, by cross-attention: no stream.
+    - A block's `timestep` is the modulation, (B, 6 D), to which each block adds its own table.
+    - Guidance is a doubled batch.
+    """
+
+    family = "PixArt"
+    classes = ("PixArtTransformer2DModel",)
+    block_lists = (BlockList("transformer_blocks", interface=BLOCK),)
+
+    def modulated(self, block: nn.Module, arguments: dict[str, Any]) -> Tensor:
+        return modulated_by_table(block, arguments)
+
+    def modules(self, block: nn.Module) -> BlockModules:
+        inside = plain(block)
+        return BlockModules(forecast=(inside.attn1, inside.attn2, inside.ff), image_mlp=inside.ff)
+
+
+def modulated_by_table(block: nn.Module, arguments: dict[str, Any]) -> Tensor:
+    """`Adapter.modulated` of a block that adds its own table to a modulation made once for all blocks."""
+    hidden_states, timestep = arguments["hidden_states"], arguments["timestep"]
+    shift, scale = (block.scale_shift_table + timestep.unflatten(1, (6, -1))).chunk(6, dim=1)[:2]  # (B, 1, D)
+    return block.norm1(hidden_states) * (1 + scale) + shift

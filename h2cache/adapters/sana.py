@@ -1,0 +1,40 @@
+"""diffusers' `SanaTransformer2DModel`: Sana and Sana-Sprint."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .base import Adapter, BlockList, BlockModules, ModelCall
+from .block_call import BlockInterface, plain
+from .pixart import PER_SAMPLE, modulated_by_table
+
+BLOCK = BlockInterface(streams=("hidden_states",), returns=None, per_sample=PER_SAMPLE)
+
+
+class SanaAdapter(Adapter):
+    """Sana: one list of blocks on the image tokens alone, called by position.
+
+    - The text is only read, by cross-attention: no stream.
+    - Self-attention is linear, and the MLP is convolutional: it takes and returns (B, D, height, width).
+    - A block's `timestep` is the modulation, (B, 6 D), to which each block adds its own table.
+    - Guidance is a doubled batch.
+    - Where text encoder and transformer differ in type the pipeline casts the embeddings anew at every step. The
+      prompt's mask stays, and names the run.
+    """
+
+    family = "Sana"
+    classes = ("SanaTransformer2DModel",)
+    block_lists = (BlockList("transformer_blocks", interface=BLOCK),)
+    branch_arguments = ("encoder_hidden_states", "encoder_attention_mask")
+    control_arguments = ("controlnet_block_samples",)
+
+    def model_call(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> ModelCall:
+        call = super().model_call(transformer, args, kwargs)
+        return call._replace(branch=call.branch[-1:])  # the embeddings only where there is no mask
+
+    def modulated(self, block: nn.Module, arguments: dict[str, Any]) -> Tensor:
+        return modulated_by_table(block, arguments).type_as(arguments["hidden_states"])
+
+    def modules(self, block: nn.Module) -> BlockModules:
+        inside = plain(block)
+        return BlockModules(forecast=(inside.attn1, inside.attn2, inside.ff))

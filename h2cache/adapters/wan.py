@@ -1,0 +1,39 @@
+"""diffusers' `WanTransformer3DModel`: Wan 2.1 and 2.2."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .base import Adapter, BlockList, BlockModules
+from .block_call import BlockInterface, plain
+
+BLOCK = BlockInterface(streams=("hidden_states",), returns=None, per_sample=("encoder_hidden_states", "temb"))
+
+
+class WanAdapter(Adapter):
+    """Wan, text or image to video: one list of blocks on the video tokens alone.
+
+    - The text, and before it the image's embeddings where there are any, is only read, by cross-attention: no stream.
+    - Guidance is two calls a step.
+    - The A14B models are two transformers, each of which is called for a part of the steps.
+    - The embeddings of an image are no name of a run: a caller may keep them, as those of the prompt.
+    - TI2V gives a timestep per token: 0 for those of a given first frame, and `temb` is (B, N, 6, D).
+    """
+
+    family = "Wan"
+    classes = ("WanTransformer3DModel",)
+    block_lists = (BlockList("blocks", interface=BLOCK),)
+
+    def timestep(self, given: dict[str, Any]) -> Tensor:
+        timestep = given["timestep"]
+        return timestep.amax(dim=1) if timestep.ndim == 2 else timestep.reshape(-1)
+
+    def modulated(self, block: nn.Module, arguments: dict[str, Any]) -> Tensor:
+        hidden_states, temb = arguments["hidden_states"], arguments["temb"].float()
+        # (B, 1 or N, 6, D)
+        shift, scale = (block.scale_shift_table + (temb if temb.ndim == 4 else temb.unsqueeze(1))).unbind(dim=2)[:2]
+        return (block.norm1(hidden_states.float()) * (1 + scale) + shift).type_as(hidden_states)
+
+    def modules(self, block: nn.Module) -> BlockModules:
+        inside = plain(block)
+        return BlockModules(forecast=(inside.attn1, inside.attn2, inside.ffn), image_mlp=inside.ffn)

@@ -1,0 +1,227 @@
+"""Plans: which steps are computed, and which weights over earlier outputs stand in for the others, as a few KB of JSON.
+
+A plan is made by `h2cache.calibrate` and followed by `h2cache.apply(pipe, PlanConfig(plan))`, which gives the pipeline
+a `PlanScheduler`. What is forecast is the output of the whole model, so that a skipped step runs none of it.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from ..config import CacheConfig
+from .conditions import Conditions
+
+if TYPE_CHECKING:
+    from .handle import PlanHandle
+
+FORMAT = 1
+DIGITS = 6  # significant ones of a weight
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run of `steps` steps computes and forecasts.
+
+    Fields:
+        made_for: the conditions of the calibration; a run under others is refused unless it is allowed.
+        computed: the steps that are computed, rising, the first one among them.
+        weights: for every other step, those of the last computed outputs, newest first; they sum to one.
+        notes: how it was made and what it reached; nothing depends on them.
+    """
+
+    made_for: Conditions
+    computed: tuple[int, ...]
+    weights: Mapping[int, tuple[float, ...]]
+    notes: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        steps = self.made_for.steps
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            raise ValueError(f"Plan.made_for.steps = {steps!r}: must be an integer >= 1")
+        computed = tuple(self.computed)
+        if not computed or computed[0] != 0 or list(computed) != sorted(set(computed)) or computed[-1] >= steps:
+            raise ValueError(f"Plan.computed = {computed}: must be rising steps from 0, below {steps}")
+        skipped = sorted(set(range(steps)) - set(computed))
+        if sorted(self.weights) != skipped:
+            raise ValueError(f"Plan.weights is for steps {sorted(self.weights)}: must be for the others, {skipped}")
+        rounded = {step: rounded_weights(self.weights[step]) for step in skipped}
+        for step, weights in rounded.items():
+            before = sum(earlier < step for earlier in computed)
+            sound = 1 <= len(weights) <= before and all(map(math.isfinite, weights))
+            if not sound or abs(sum(weights) - 1) > 1e-3:
+                raise ValueError(
+                    f"Plan.weights[{step}] = {weights}: must be 1 to {before} finite numbers, as many outputs as were "
+                    "computed before, that sum to one"
+                )
+        object.__setattr__(self, "computed", computed)
+        object.__setattr__(self, "weights", rounded)
+
+    def __hash__(self) -> int:
+        return hash((self.made_for, self.computed, tuple(self.weights.items())))
+
+    @property
+    def steps(self) -> int:
+        """Of a run."""
+        return self.made_for.steps
+
+    @property
+    def history(self) -> int:
+        """How many computed outputs a forecast looks back on, at most."""
+        return max(map(len, self.weights.values()), default=1)
+
+    def segment(self, index: int) -> range:
+        """The computed step of that index, and the skipped ones after it."""
+        end = self.computed[index + 1] if index + 1 < len(self.computed) else self.steps
+        return range(self.computed[index], end)
+
+    def under(self, conditions: Conditions, allow_transfer: bool = False) -> "Plan":
+        """The plan for a run under these conditions: itself, or resampled to the run's steps where that is allowed.
+
+        Raises:
+            ValueError: where the plan was made for others and `allow_transfer` is False.
+        """
+        if allow_transfer:
+            return self if conditions.steps in (None, self.steps) else self.resampled(conditions.steps)
+        differences = self.made_for.differences(conditions)
+        if differences:
+            raise ValueError(
+                f"this plan was made for {'; '.join(differences)}: calibrate one for this run, or allow it with "
+                "PlanConfig(plan, allow_transfer=True)"
+            )
+        return self
+
+    def resampled(self, steps: int) -> "Plan":
+        """The plan for another number of steps: computed steps and weights at the same parts of the run.
+
+        Between the steps that weights were fitted for they are interpolated; where the plan had no step in between they
+        carry on the last change, as a line does.
+        """
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            raise ValueError(f"Plan.resampled got steps = {steps!r}: must be an integer >= 1")
+        nearest: dict[int, int] = {}  # of the new steps, the computed step that it stands for
+        for step in self.computed:
+            nearest.setdefault(min(round(step * steps / self.steps), steps - 1), step)
+        computed = sorted(nearest)
+        weights = {}
+        for step in sorted(set(range(steps)) - set(computed)):
+            index = max(i for i, earlier in enumerate(computed) if earlier < step)
+            end = computed[index + 1] if index + 1 < len(computed) else steps
+            part = (step - computed[index]) / (end - computed[index])
+            weights[step] = self._between(nearest[computed[index]], part)[: index + 1]
+            weights[step] = normalized(weights[step])
+        sigmas = self.made_for.sigmas if steps == self.steps else None
+        return Plan(replace(self.made_for, steps=steps, sigmas=sigmas), tuple(computed), weights, self.notes)
+
+    def _between(self, start: int, part: float) -> tuple[float, ...]:
+        """The weights at a part (0 to 1) of the way from the computed step `start` to the next one."""
+        index = self.computed.index(start)
+        end = self.computed[index + 1] if index + 1 < len(self.computed) else self.steps
+        if end - start == 1:
+            if index == 0:
+                return (1.0,)
+            slope = part / (start - self.computed[index - 1])
+            return 1 + slope, -slope
+        place = start + part * (end - start)
+        low = min(math.floor(place), end - 2)
+        near, far = (self.weights[step] if step != start else (1.0,) for step in (low, low + 1))
+        length = max(len(near), len(far))
+        near, far = (tuple(each) + (0.0,) * (length - len(each)) for each in (near, far))
+        share = min(place - low, 1.0)
+        return tuple((1 - share) * a + share * b for a, b in zip(near, far, strict=True))
+
+    def to_json(self) -> str:
+        """Text that `from_json` reads."""
+        weights = ",\n".join(f'  "{step}": {json.dumps(list(values))}' for step, values in self.weights.items())
+        parts = {
+            "format": FORMAT,
+            "made_for": {name: value for name, value in asdict(self.made_for).items() if value is not None},
+            "computed": list(self.computed),
+            "notes": dict(self.notes),
+        }
+        lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in parts.items()]
+        lines.append(f'"weights": {{\n{weights}\n}}')
+        return "{" + ",\n".join(lines) + "}\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """ValueError where `text` is no plan."""
+        try:
+            data = json.loads(text)
+            if data["format"] != FORMAT:
+                raise ValueError(f"format {data['format']!r}, where {FORMAT} is read")
+            weights = {int(step): tuple(values) for step, values in data["weights"].items()}
+            return cls(Conditions(**data["made_for"]), tuple(data["computed"]), weights, data["notes"])
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"this is no plan of h2cache.calibrate: {error!r}") from error
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """ValueError naming the file where it holds no plan."""
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+@dataclass(frozen=True)
+class PlanConfig(CacheConfig):
+    """Follows a plan: computes its steps, and makes the others from weighted earlier outputs of the model.
+
+    It is for pipelines, whose scheduler `apply` replaces by a `PlanScheduler` until it is removed. Nothing is measured,
+    and nothing is read from the device.
+
+    Fields:
+        plan: from `h2cache.calibrate` or `Plan.load`; the path of its file will do.
+        allow_transfer: run also where model, scheduler, guidance or resolution are not those of the calibration, with a
+            plan resampled to the run's number of steps. Without it, ValueError names what differs. Guidance is asked of
+            the pipeline that `apply` was given; the resolution is known from the noise levels, or after the first call
+            of the model.
+        batch_decision: see `CacheConfig`; a plan decides alike for all images.
+
+    Image-to-image starts at the share of the computed steps that its strength asks for; what a ControlNet adds is part
+    of the output, and forecast with it. Memory: see `PlanScheduler`.
+    """
+
+    record_name = "h2cache.plan.PlanConfig"
+
+    plan: Plan
+    allow_transfer: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.plan, str | Path):
+            try:
+                object.__setattr__(self, "plan", Plan.load(self.plan))
+            except OSError as error:
+                self._refuse("plan", f"a Plan, or a file that can be read ({error.strerror})")
+        if not isinstance(self.plan, Plan):
+            self._refuse("plan", "a Plan, or the path of its JSON file")
+        self._flag("allow_transfer")
+
+    def identity(self) -> dict[str, Any]:
+        """See `CacheConfig`. Noise levels that the plan does not know say nothing, as in records from before."""
+        found = super().identity()
+        if self.plan.made_for.sigmas is None:
+            del found["fields"]["plan"]["made_for"]["sigmas"]
+        return found
+
+    def handle_for(self, target: object) -> "PlanHandle":
+        from .handle import PlanHandle  # only here: diffusers' schedulers take long to import
+
+        return PlanHandle(target, self)
+
+
+def rounded_weights(weights: Sequence[float]) -> tuple[float, ...]:
+    """As they are written."""
+    return tuple(float(f"{weight:.{DIGITS}g}") for weight in weights)
+
+
+def normalized(weights: Sequence[float]) -> tuple[float, ...]:
+    """With what is missing to a sum of one added to the newest output's."""
+    return (weights[0] + 1 - sum(weights), *weights[1:])

@@ -1,0 +1,288 @@
+"""A plan as a diffusers scheduler: the pipeline's loop calls the model at the computed steps alone."""
+
+import copy
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from torch import Tensor
+
+from .conditions import Conditions, described
+from .plan import Plan, normalized
+
+BASE = FlowMatchEulerDiscreteScheduler.__name__
+
+
+class Watcher(Protocol):
+    """Whom a scheduler asks and tells about its runs; `h2cache.apply` sets one."""
+
+    def conditions(self) -> Conditions:
+        """What is known of a run that begins, beside what the scheduler sees."""
+
+    def note(self, steps: range, timesteps: Sequence[float], batch: int, is_first: bool) -> None:
+        """Called after each step of the scheduler.
+
+        Args:
+            steps: of the run, the computed one and the skipped ones after it.
+            timesteps: theirs.
+            batch: samples.
+            is_first: whether it is the first step of its run.
+        """
+
+
+class PlanScheduler(SchedulerMixin, ConfigMixin):
+    """Computes the steps of a plan, and makes the skipped steps up to the next computed one in the same `step`.
+
+    A step of the run, from noise level sigma to the next, adds `(next sigma - sigma) * v` to the sample. At a computed
+    step v is the model's output. At a skipped one it is `sum_k weights[k] * v_k`, where v_0 is the newest output. The
+    sum is made in float32. A step that has no skipped step after it is the base scheduler's, bit for bit, where sample
+    and output have one dtype. The output is taken as the pipeline hands it over, after guidance.
+
+    `timesteps` has the m computed timesteps, `sigmas` their noise levels and the last one; `begin_index` and
+    `step_index` count in these. `num_inference_steps` is the number of steps of the whole run. Where a run starts in
+    the middle (image-to-image, inpainting), weights of outputs that were not computed fall on the newest. Pipelines
+    find that start from the length of `timesteps`, so that a strength of 0.6 runs 60 % of the computed steps.
+
+    Between two calls of `step` at most `plan.history - 1` outputs are held, in the model's dtype: at FLUX.1-dev,
+    1024x1024, bfloat16, 0.5 MB an image for each of them. They are freed with the last step; those of a run that broke
+    off with the next `set_timesteps`. Like any scheduler it serves one run at a time.
+
+    The plan is in `config`, which also has all settings of the base scheduler. To load a saved pipeline with it, import
+    this class first.
+    """
+
+    order = 1
+    init_noise_sigma = 1.0
+
+    def __init__(
+        self,
+        plan: Plan | Mapping[str, Any] | str | Path,
+        base: SchedulerMixin | None = None,
+        allow_transfer: bool = False,
+    ):
+        """Follow `plan` with the steps of `base`.
+
+        Args:
+            plan: a Plan, its JSON as a dict, or the path of its file.
+            base: a FlowMatchEulerDiscreteScheduler, which is copied; by default one with diffusers' defaults.
+            allow_transfer: see `PlanConfig`.
+
+        Raises:
+            TypeError: for another scheduler.
+            ValueError: for a scheduler that adds noise at each step, and for what is no plan.
+        """
+        if base is None:
+            base = FlowMatchEulerDiscreteScheduler()
+        elif isinstance(base, PlanScheduler):
+            base = base.base
+        if getattr(type(base), "step", None) is not FlowMatchEulerDiscreteScheduler.step:
+            raise TypeError(f"a plan needs the steps of {BASE}, not of {type(base).__name__}")
+        if base.config.stochastic_sampling:
+            raise ValueError("a plan cannot follow a scheduler with stochastic_sampling=True, which adds noise")
+        self.base = copy.deepcopy(base)
+        settings = {name: value for name, value in base.config.items() if not name.startswith("_")}
+        self.register_to_config(**settings, base_class=BASE)
+        self.use(plan_of(plan), allow_transfer)
+        self.watcher: Watcher | None = None
+        self.num_inference_steps: int | None = None
+        self.timesteps, self.sigmas = self.base.timesteps, self.base.sigmas
+        self._begin_index: int | None = None
+        self._step_index: int | None = None
+        self._counts_steps = False  # the caller knows the number of steps, and not that of `timesteps`
+        self.reset()
+
+    def use(self, plan: Plan, allow_transfer: bool) -> None:
+        """Follow `plan` from the next run on."""
+        self.plan = plan
+        self.allow_transfer = allow_transfer
+        self.register_to_config(plan=json.loads(plan.to_json()), allow_transfer=allow_transfer)
+
+    def reset(self) -> None:
+        """Forget the outputs of the run in progress."""
+        self._history: tuple[Tensor, ...] = ()
+        self._has_begun = False
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **changes: Any
+    ) -> Self | tuple[Self, dict[str, Any]]:
+        """From the config of a PlanScheduler, or from that of another scheduler and `plan=`.
+
+        Raises:
+            TypeError: for the config of a scheduler that a plan cannot follow, and where there is no plan.
+        """
+        own = {"plan": None, "allow_transfer": False, "base_class": config.get("_class_name")}
+        own |= {name: value for name, value in {**config, **changes}.items() if name in own}
+        settings = {name: value for name, value in config.items() if name not in own and not name.startswith("_")}
+        foreign = settings.keys() - inspect.signature(FlowMatchEulerDiscreteScheduler).parameters.keys()
+        if own["base_class"] != BASE and (own["base_class"] is not None or foreign):
+            raise TypeError(f"a plan needs the steps of {BASE}, not of {own['base_class'] or 'another scheduler'}")
+        if own["plan"] is None:
+            raise TypeError("this config has no plan: PlanScheduler.from_config(config, plan=plan)")
+        others = {name: value for name, value in changes.items() if name not in own}
+        base, unused = FlowMatchEulerDiscreteScheduler.from_config(settings, return_unused_kwargs=True, **others)
+        made = cls(own["plan"], base, own["allow_transfer"])
+        return (made, unused) if return_unused_kwargs else made
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy belongs to nobody: some pipelines copy their scheduler for a second modality."""
+        return {**vars(self), "watcher": None}
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    @property
+    def begin_index(self) -> int | None:
+        """Of `timesteps`, the one that the run starts at; None: the one that the first `step` is given."""
+        return self._begin_index
+
+    @property
+    def step_index(self) -> int | None:
+        """Of `timesteps`, the one that comes next; None before the first `step`."""
+        return self._step_index
+
+    def set_shift(self, shift: float) -> None:
+        """Set the base scheduler's shift."""
+        self.base.set_shift(shift)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+        timesteps: Sequence[float] | None = None,
+    ) -> None:
+        """Begin a run: take the base scheduler's timesteps, and keep those of the computed steps.
+
+        The arguments are the base scheduler's.
+
+        Raises:
+            ValueError: where the plan was made for other conditions, unless transfer is allowed.
+        """
+        self.reset()
+        self._begin_index = self._step_index = self.num_inference_steps = None
+        # On the host, so that the strides are known without a read from the device.
+        self.base.set_timesteps(num_inference_steps, sigmas=sigmas, mu=mu, timesteps=timesteps)
+        self._levels = self.base.sigmas.tolist()
+        steps = len(self._levels) - 1
+        known = Conditions(scheduler=described(self.base), steps=steps, sigmas=tuple(self._levels[:-1]))
+        self._run_plan = self.plan.under(known, self.allow_transfer)
+        if self.watcher is not None:
+            self._run_plan.under(self.watcher.conditions(), self.allow_transfer)
+        computed = list(self._run_plan.computed)
+        self.timesteps = self.base.timesteps[computed].to(device)
+        self.sigmas = self.base.sigmas[[*computed, steps]].to(device)
+        self.num_inference_steps = steps
+        self._counts_steps = sigmas is None and timesteps is None
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start the run at an entry of `timesteps`.
+
+        Raises:
+            ValueError: where the caller counts steps that are not in `timesteps`, so that it would start elsewhere.
+        """
+        if begin_index and self._counts_steps and len(self.timesteps) < self.num_inference_steps:
+            raise ValueError(
+                f"this pipeline counts {self.num_inference_steps} steps and starts at step {begin_index}, but a plan "
+                f"leaves {len(self.timesteps)} timesteps: pass it sigmas= in the place of num_inference_steps="
+            )
+        self._begin_index = begin_index
+
+    def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
+        """The place of a timestep in `timesteps`."""
+        return self.base.index_for_timestep(
+            timestep, self.timesteps if schedule_timesteps is None else schedule_timesteps
+        )
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """Clean samples with the noise of a timestep: `sigma * noise + (1 - sigma) * sample`.
+
+        Args:
+            sample, noise: (B, ...).
+            timestep: (B,) or (1,). Without a begin index it says which sigma; with one, sigma is that of the step to
+                come.
+        """
+        if self._begin_index is None:
+            places = [self.index_for_timestep(each.to(self.timesteps.device)) for each in timestep]
+        else:
+            places = [self._begin_index if self._step_index is None else self._step_index] * len(timestep)
+        sigma = self.sigmas.to(sample.device, sample.dtype)[places]
+        sigma = sigma.view(-1, *[1] * (sample.ndim - 1))
+        return sigma * noise + (1.0 - sigma) * sample
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """The sample at the next computed timestep, or at the end of the run.
+
+        Args:
+            model_output: (B, ...), at `timestep`.
+            timestep: an entry of `timesteps`.
+            sample: (B, ...), of which the result has shape and dtype.
+            generator: not used; no noise is added.
+            return_dict: False for a tuple of one.
+
+        Raises:
+            ValueError: before `set_timesteps`, after the last timestep, and where the first step shows another
+                resolution than the plan was made for.
+        """
+        if self.num_inference_steps is None:
+            raise ValueError("call set_timesteps before step")
+        index = self._step_index if self._step_index is not None else self._begin_index
+        if index is None:
+            index = self.index_for_timestep(timestep)
+        if index >= len(self.timesteps):
+            raise ValueError(f"the run of {len(self.timesteps)} timesteps is over: call set_timesteps for another")
+        if not self._has_begun and sample.ndim == 3:
+            self._run_plan.under(Conditions(image_tokens=sample.shape[1]), self.allow_transfer)
+        steps = self._run_plan.segment(index)
+        outputs = (model_output, *self._history)
+        if len(steps) == 1:
+            moved = sample.float() + (self.sigmas[index + 1] - self.sigmas[index]) * model_output
+        else:
+            moved = sample.float()
+            for stride, output in zip(self._strides(steps, len(outputs)), outputs, strict=False):
+                moved = torch.add(moved, output, alpha=stride)  # in float32, whatever the output has
+        is_last, is_first = index + 1 == len(self.timesteps), not self._has_begun
+        kept = 0 if is_last else self._run_plan.history - 1
+        # A copy: the output is the caller's, who may write to it.
+        self._history = (model_output.clone(), *self._history)[:kept] if kept else ()
+        self._step_index, self._has_begun = index + 1, True
+        if self.watcher is not None:
+            timesteps = self.base.timesteps[steps.start : steps.stop].tolist()
+            self.watcher.note(steps, timesteps, len(sample), is_first)
+        moved = moved.to(sample.dtype)
+        return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
+
+    def _strides(self, steps: range, known: int) -> list[float]:
+        """How far a computed step and the skipped ones after it go along each of `known` outputs, newest first."""
+        strides = [self._levels[steps.start + 1] - self._levels[steps.start]]
+        for step in steps[1:]:
+            weights = normalized(self._run_plan.weights[step][:known])
+            strides += [0.0] * (len(weights) - len(strides))
+            for k, weight in enumerate(weights):
+                strides[k] += (self._levels[step + 1] - self._levels[step]) * weight
+        return strides
+
+    def held_bytes(self) -> int:
+        """Bytes of the outputs that are held at this moment."""
+        return sum(output.nbytes for output in self._history)
+
+
+def plan_of(plan: Plan | Mapping[str, Any] | str | Path) -> Plan:
+    """A plan, whether it is given as one, as the dict that a config holds, or by its file."""
+    if isinstance(plan, Plan):
+        return plan
+    return Plan.from_json(json.dumps(plan)) if isinstance(plan, Mapping) else Plan.load(plan)

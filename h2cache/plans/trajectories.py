@@ -1,0 +1,179 @@
+"""Uncached runs of a pipeline, recorded so that cached ones can be tried without it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters.block_call import select_rows
+from ..runtime.interception import interception_of
+from .conditions import Conditions, described, digest
+
+DIGITS = 4  # significant ones of a noise level in a plan
+TOLERANCE = 1e-2  # of one recorded step, relative, for Euler's rule to be recognised; bfloat16 rounds coarsely
+
+
+@dataclass
+class Trajectories:
+    """The runs of a few prompts, in batches.
+
+    model: the transformer. calls: for each batch the arguments of a call, apart from latents and timestep; sizes: how
+    many prompts it holds. timesteps: of each step, (1,), as the call takes them. sigmas: noise levels, one more than
+    steps. latents: before each step and after the last, (prompts, N, C). decode: final latents to images in 0..1,
+    (prompts, values).
+    """
+
+    model: Callable[..., Any]
+    conditions: Conditions
+    calls: list[dict[str, Any]]
+    sizes: list[int]
+    timesteps: list[Tensor]
+    sigmas: list[float]
+    latents: list[Tensor]
+    decode: Callable[[Tensor], Tensor]
+
+    def __post_init__(self) -> None:
+        self.images = self.decode(self.latents[-1])
+
+    @property
+    def steps(self) -> int:
+        return len(self.timesteps)
+
+    @torch.no_grad()
+    def compute(self, step: int, latents: Tensor) -> Tensor:
+        """What the model returns at `step` for these latents of all prompts."""
+        outputs = []
+        for call, part in zip(self.calls, latents.split(self.sizes), strict=True):
+            timestep = self.timesteps[step].expand(len(part))
+            outputs.append(self.model(**call, hidden_states=part, timestep=timestep)[0])
+        return torch.cat(outputs)
+
+    def advance(self, step: int, latents: Tensor, output: Tensor) -> Tensor:
+        """The latents after `step`."""
+        return (latents.float() + self._stride(step) * output.float()).to(latents.dtype)
+
+    def needed(self, step: int, latents: Tensor) -> Tensor:
+        """The output that would lead from these latents to the uncached ones after `step`."""
+        return (self.latents[step + 1].float() - latents.float()) / self._stride(step)
+
+    def _stride(self, step: int) -> float:
+        return self.sigmas[step + 1] - self.sigmas[step]
+
+    def first(self, count: int) -> "Trajectories":
+        """Those of the first prompts, as one batch."""
+        if count > self.sizes[0]:
+            raise ValueError(f"{count} prompts do not fit into the first batch, of {self.sizes[0]}")
+        rows = torch.arange(count, device=self.latents[0].device)
+        call = {
+            name: value if name.endswith("_ids") else select_rows(value, rows, self.sizes[0])  # ids have no batch
+            for name, value in self.calls[0].items()
+        }
+        latents = [each[:count] for each in self.latents]
+        return replace(self, calls=[call], sizes=[count], latents=latents)
+
+    def decibels(self, latents: Tensor) -> Tensor:
+        """(prompts,): how near the images of these final latents are to the uncached ones, PSNR in dB."""
+        error = (self.decode(latents) - self.images).square().mean(dim=1)
+        return -10 * error.clamp_min(1e-12).log10()
+
+
+@torch.no_grad()
+def record(
+    pipe: Any, prompts: Sequence[str], steps: int, seed: int, batch_size: int, **call_arguments: Any
+) -> Trajectories:
+    """Run the pipeline on the prompts, prompt i with the noise of `seed + i`.
+
+    ValueError where it does not call its transformer once a step, or its scheduler's step is not Euler's.
+    """
+    from .scheduler import PlanScheduler  # only here: diffusers' schedulers take long to import
+
+    if interception_of(pipe.transformer) is not None or isinstance(pipe.scheduler, PlanScheduler):
+        raise ValueError(
+            "h2cache.calibrate needs the uncached pipeline: remove the cache or the plan that it has first"
+        )
+    seen = _Calls()
+    hook = pipe.transformer.register_forward_hook(seen, with_kwargs=True)
+    calls, sizes, latents, final = [], [], [], []
+    try:
+        for start in range(0, len(prompts), batch_size):
+            part = list(prompts[start : start + batch_size])
+            seen.clear()
+            generators = [torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(part))]
+            final.append(
+                pipe(part, generator=generators, num_inference_steps=steps, output_type="latent", **call_arguments)[0]
+            )
+            if len(seen.latents) != steps:
+                raise ValueError(
+                    f"h2cache.calibrate saw {len(seen.latents)} calls of the transformer in {steps} steps: it needs "
+                    "one a step (calibrate without true_cfg_scale; the plan serves both branches)"
+                )
+            calls.append(seen.arguments)
+            sizes.append(len(part))
+            latents.append(list(seen.latents))
+    finally:
+        hook.remove()
+    sigmas = pipe.scheduler.sigmas.tolist()[-steps - 1 :]
+    whole = [torch.cat(parts) for parts in zip(*latents, strict=True)] + [torch.cat(final)]
+    guidance = getattr(pipe, "guidance_scale", None)
+    levels = tuple(float(f"{sigma:.{DIGITS}g}") for sigma in sigmas[:-1])
+    model, scheduler = digest(pipe.transformer), described(pipe.scheduler)
+    conditions = Conditions(model, scheduler, steps, guidance, whole[0].shape[1], levels)
+    trajectories = Trajectories(
+        pipe.transformer, conditions, calls, sizes, seen.timesteps, sigmas, whole, decoder(pipe, call_arguments)
+    )
+    _check_euler(trajectories, seen.first_output)
+    return trajectories
+
+
+class _Calls:
+    """Listens to the calls of a transformer."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.latents: list[Tensor] = []
+        self.timesteps: list[Tensor] = []
+        self.arguments: dict[str, Any] = {}
+        self.first_output: Tensor | None = None
+
+    def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if args:
+            raise ValueError("h2cache.calibrate works with pipelines that call their transformer with keywords")
+        own = dict(kwargs)
+        self.latents.append(own.pop("hidden_states"))
+        self.timesteps.append(own.pop("timestep")[:1])
+        self.arguments = own
+        if self.first_output is None:
+            self.first_output = output[0]
+
+
+def _check_euler(trajectories: Trajectories, output: Tensor) -> None:
+    """Whether a recorded step is the one that `advance` makes; `output` is the first one of the last batch."""
+    rows = slice(-len(output), None)
+    before, after = (latents[rows].float() for latents in trajectories.latents[:2])
+    predicted = trajectories.advance(0, before, output)
+    if (predicted - after).norm() > TOLERANCE * (after - before).norm():
+        raise ValueError(
+            "h2cache.calibrate needs a scheduler that makes Euler steps, such as FlowMatchEulerDiscreteScheduler"
+        )
+
+
+def decoder(pipe: Any, call_arguments: dict[str, Any], at_once: int = 4) -> Callable[[Tensor], Tensor]:
+    """From final latents to pixels in 0..1 as the pipeline decodes them, (prompts, values), `at_once` at a time."""
+    height, width = call_arguments["height"], call_arguments["width"]
+    vae = pipe.vae
+
+    @torch.no_grad()
+    def decode(latents: Tensor) -> Tensor:
+        def images() -> Iterator[Tensor]:
+            for part in latents.split(at_once):
+                unpacked = pipe._unpack_latents(part, height, width, pipe.vae_scale_factor)
+                scaled = unpacked / vae.config.scaling_factor + vae.config.shift_factor
+                yield (vae.decode(scaled.to(vae.dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1).flatten(1)
+
+        return torch.cat(list(images()))
+
+    return decode

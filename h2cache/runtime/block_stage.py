@@ -1,0 +1,116 @@
+"""One block of a stage, in one call of the model: run for all samples, for some of them, or for none.
+
+The order within a stage: the first block runs where the probe needs it -> compare and decide, per sample
+(`decide.py`) -> the other blocks run, are skipped, or run for the samples that miss -> the last block's output ends the
+stage: its residual is kept, or the forecast residual is added (`stage_step.py`). A skipped block returns its input, so
+that whatever the model adds between blocks (ControlNet) arrives at the stage's last block.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from ..adapters.block_call import Streams
+from ..trace import Trace
+from .collectives import as_split
+from .decide import decide
+from .layout import BlockSlot, Call
+from .once import versions_of
+from .stage_step import StageStep, share_memory
+
+
+def run_block(call: Call, slot: BlockSlot, trace: Trace, original_forward: Callable, arguments: dict[str, Any]) -> Any:
+    """What a call of the block in `slot` returns. `arguments` are by name."""
+    if slot.index == 0:
+        if slot.stage.runs_first_block:
+            return run_first_block(call, slot, trace, original_forward, arguments)
+        before = call.guard.keep(read(call, slot, arguments))
+        decide(call, slot, trace, own(call, slot, arguments), before, None)
+    step = call.steps[slot.stage.name]
+    if slot.is_last:
+        return end_stage(call, slot, step, original_forward, arguments)
+    if not step.computed:
+        return slot.call.unchanged(own(call, slot, arguments))
+    if call.context.step and step.rows is None and not call.model_call.adds_between_blocks:
+        return original_forward(**arguments)
+    output, _ = compute(call, slot, step, original_forward, arguments)
+    return output
+
+
+def run_first_block(
+    call: Call, slot: BlockSlot, trace: Trace, original_forward: Callable, arguments: dict[str, Any]
+) -> Any:
+    """Run the first block of a stage, and decide about the others by what it did."""
+    before = call.guard.keep(read(call, slot, arguments))
+    versions = versions_of(before)
+    output = original_forward(**arguments)
+    after = slot.call.parse(output, call.text_tokens)
+    spoiled = versions != versions_of(before) or share_memory(after, before)
+    if spoiled:  # what the block added can no longer be told: nothing is compared with it, now or later
+        call.guard.found_in_place_writer(call.context.stage(slot.stage.name, before[0].size(0)))
+    if call.model_call.adds_between_blocks:
+        after = slot.call.clone_if_aliased(after)
+    step = decide(call, slot, trace, own(call, slot, arguments), before, call.guard.keep(after))
+    if spoiled:
+        call.guard.found_in_place_writer(step.memories)
+    if slot.is_last:
+        remember(call, step, step.stage_input)
+    return output
+
+
+def end_stage(
+    call: Call, slot: BlockSlot, step: StageStep, original_forward: Callable, arguments: dict[str, Any]
+) -> Any:
+    """The stage's last block: keep the residual of what was computed, give the other samples their forecast."""
+    if step.computed:
+        output, end = compute(call, slot, step, original_forward, arguments)
+        remember(call, step, end)
+        if len(step.computed) == len(step.decisions):
+            return output
+    else:
+        end = slot.call.returned(read(call, slot, arguments))
+    return slot.call.result(step.stand_in(end, call.context.step, into=slot.call.room(end)))
+
+
+def compute(
+    call: Call, slot: BlockSlot, step: StageStep, original_forward: Callable, arguments: dict[str, Any]
+) -> tuple[Any, Streams]:
+    """Run the block for the samples that are computed.
+
+    Returns:
+        What the block returns for the whole batch, samples that are skipped unchanged; and the streams in it.
+    """
+    adds = call.model_call.adds_between_blocks
+    if adds or step.rows is not None:
+        streams = read(call, slot, arguments)
+        if adds:
+            step.note_additions(streams)
+    if step.rows is None:
+        output = original_forward(**arguments)
+        end = slot.call.parse(output, call.text_tokens)
+    else:
+        chosen = slot.call.select(arguments, step.rows, streams[0].size(0))
+        computed = slot.call.parse(original_forward(**chosen), call.text_tokens)
+        end = tuple(
+            stream.index_copy(0, step.rows, rows)
+            for stream, rows in zip(slot.call.returned(streams), computed, strict=True)
+        )
+        output = slot.call.result(end)
+    step.check(end)
+    if adds:
+        step.note_returned(call.guard.keep(slot.call.clone_if_aliased(end)))
+    return output, end
+
+
+def own(call: Call, slot: BlockSlot, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments as the block's own code gets them: with this rank's tokens, where ranks share them."""
+    return arguments if call.ranks is None else as_split(slot.call.block, arguments)
+
+
+def read(call: Call, slot: BlockSlot, arguments: dict[str, Any]) -> Streams:
+    """The streams that go into the block."""
+    return slot.call.read(own(call, slot, arguments), call.text_tokens)
+
+
+def remember(call: Call, step: StageStep, end: Streams) -> None:
+    if not step.remember(end, call.context.step):
+        call.guard.found_in_place_writer()

@@ -1,0 +1,115 @@
+"""Skipping inside blocks: each attention and MLP output computed or forecast on its own (TaylorSeer, arXiv 2503.06923).
+
+The blocks run their own code; only the modules that cost something are answered for. A rule that measures nothing
+decides for all samples alike, so that the features of a batch are kept together.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters.block_call import Streams, plain
+from ..policy.clusters import ClusterMemory
+from ..policy.forecasts import Features, advance_terms, extrapolate
+from ..trace import Trace
+from .autograd import outside_graph
+from .decide import decide
+from .layout import BlockSlot, Call, ModuleSlot
+from .stage_step import StageStep
+
+
+def run_block_of_modules(
+    call: Call, slot: BlockSlot, trace: Trace, block: torch.nn.Module, arguments: dict[str, Any]
+) -> Any:
+    """Run a block whose modules are skipped, uncompiled: compiled code would not stop at its modules."""
+    if slot.index == 0:
+        begin(call, slot, trace, arguments)
+    step = call.steps[slot.stage.name]
+    output = plain(block)._call_impl(**arguments)
+    if step.computed:
+        if slot.reclusters:
+            recluster(call, step, slot.call.parse(output, call.text_tokens))
+        if slot.is_last:
+            step.remember(step.stage_input, call.context.step)
+    return output
+
+
+def begin(call: Call, slot: BlockSlot, trace: Trace, arguments: dict[str, Any]) -> None:
+    """Decide about all modules, before the first block runs."""
+    streams = slot.call.read(arguments, call.text_tokens)
+    if slot.stage.clusters is not None:
+        if call.ranks is not None:
+            raise RuntimeError(
+                "ClusCa clusters all tokens of an image, and under enable_parallelism each process has only a part of "
+                "them: use TaylorSeerConfig or HiCacheConfig, which are its forecasts without the clusters"
+            )
+        slot.stage.clusters.check(min(tokens.shape[1] for tokens in streams))
+    decide(call, slot, trace, arguments, streams, None)
+
+
+def answer(call: Call, slot: ModuleSlot, original_forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The module's output in this call: computed and remembered, or forecast."""
+    step = call.steps[slot.stage.name]
+    if step.computed:
+        output = original_forward(*args, **kwargs)
+        if slot.upstream_only:
+            call.context.empty_outputs[slot.key] = without_channels(output)
+        else:
+            remember(call, slot, step, output)
+        return output
+    if slot.upstream_only:
+        return call.context.empty_outputs[slot.key]
+    return forecast(call, slot, step, original_forward, args[0] if args else kwargs["hidden_states"])
+
+
+def without_channels(output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    """Tensors of the same tokens and no channels: what may stand for an output that nobody uses."""
+    if isinstance(output, Tensor):
+        return output.new_empty((*output.shape[:-1], 0))
+    return tuple(without_channels(part) for part in output)
+
+
+@outside_graph
+def remember(call: Call, slot: ModuleSlot, step: StageStep, output: Tensor | tuple[Tensor, ...]) -> None:
+    # Without its graph: what is forecast later has no gradient.
+    outputs = tuple(part.detach() for part in ((output,) if isinstance(output, Tensor) else output))
+    call.context.check_modules([slot.key], call.guard)
+    outputs = call.guard.keep(outputs)
+    terms = call.context.modules.get(slot.key, [])
+    for sample in step.computed if step.stage.learns else ():
+        step.learn(sample, row_of(outputs, sample), [row_of(term, sample) for term in terms])
+    elapsed = call.context.step - step.memories[0].computed_step
+    terms = advance_terms(terms, outputs, elapsed, step.stage.order_at(call.context.step))
+    call.context.keep_module(slot.key, terms)
+
+
+def forecast(
+    call: Call, slot: ModuleSlot, step: StageStep, original_forward: Callable, given: Tensor
+) -> Tensor | tuple[Tensor, ...]:
+    terms = call.context.modules[slot.key]
+    if slot.refreshed:
+        call.context.clusters.refresh(terms[0][0], slot.is_text, original_forward, given)
+        call.context.keep_module(slot.key, terms)
+    coefficients = [step.coefficients(call.context.step, sample) for sample in range(len(step.memories))]
+    if all(row == coefficients[0] for row in coefficients):
+        outputs = extrapolate(terms, coefficients[0])
+        if outputs is terms[0]:
+            outputs = call.guard.keep(outputs)
+    else:  # each sample has fitted its own
+        rows = [extrapolate([row_of(term, i) for term in terms], row) for i, row in enumerate(coefficients)]
+        outputs = tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
+    return outputs[0] if len(outputs) == 1 else outputs
+
+
+def row_of(features: Features, sample: int) -> Features:
+    return tuple(tensor[sample : sample + 1] for tensor in features)
+
+
+@outside_graph
+def recluster(call: Call, step: StageStep, streams: Streams) -> None:
+    """Cluster the tokens of a computed step anew."""
+    if call.context.clusters is None:
+        call.context.clusters = ClusterMemory(step.stage.clusters)
+    call.context.clusters.recluster(streams)

@@ -1,0 +1,169 @@
+"""One stage during one call: which samples are computed, what its blocks add, and what stands in for the rest."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..adapters.block_call import Streams, join_rows, sample_row
+from ..policy.forecasts import Features, advance_terms, extrapolate, inner_products
+from ..policy.rules import Decision
+from ..policy.stages import Stage
+from .autograd import outside_graph
+from .once import versions_of
+from .run_state import SampleMemory
+
+
+@dataclass(slots=True)
+class StageStep:
+    """A stage on its way through one call.
+
+    Fields:
+        stage_input: the streams before the first block that can be skipped, from which residuals are counted.
+        returned: what the last block that ran returned.
+        computed: the samples that are computed; `rows` is their index tensor where they are some and not all.
+        not_remembered: samples whose probe was not finite; what they compute is not kept.
+        products: what forecasts can learn in this call, by sample.
+        added: by the model, between blocks, to each stream.
+        versions, returned_versions: of `stage_input` and `returned`, when they were kept.
+        spoiled: somebody wrote to them since.
+    """
+
+    stage: Stage
+    memories: list[SampleMemory]
+    decisions: list[Decision | None]
+    stage_input: Streams
+    returned: Streams = field(init=False)
+    computed: list[int] = field(default_factory=list)
+    not_remembered: set[int] = field(default_factory=set)
+    rows: Tensor | None = None
+    products: dict[int, Tensor] = field(default_factory=dict)
+    added: list[Tensor | None] = field(init=False)
+    versions: tuple[int, ...] = field(init=False)
+    returned_versions: tuple[int, ...] = field(init=False)
+    spoiled: bool = False
+
+    def __post_init__(self) -> None:
+        self.added = [None] * len(self.stage_input)
+        self.versions = versions_of(self.stage_input)
+        self.note_returned(self.stage_input)
+
+    def settle(self, probes: dict[int, Tensor], compared: dict[int, tuple[float, float]]) -> None:
+        """Follow the decisions: count the skips, and let the probe of every computed sample become its reference.
+
+        Args:
+            probes: by sample, where one was looked at.
+            compared: `(mean|reference - probe|, mean|reference|)` of the samples that were compared. Their references
+                are finite, so the first number says whether the probe is. One that is not is never remembered.
+        """
+        for sample, (memory, decision) in enumerate(zip(self.memories, self.decisions, strict=True)):
+            if decision.skips:
+                memory.consecutive_hits += 1
+                if self.stage.rule.reference_every_step:
+                    memory.reference = probes.get(sample)
+                    memory.seal()
+                continue
+            memory.consecutive_hits, memory.accumulated = 0, 0.0
+            self.computed.append(sample)
+            if sample not in probes:
+                continue
+            if sample not in compared:
+                memory.remember_unmeasured(probes[sample])
+            elif math.isfinite(compared[sample][0]):
+                memory.reference = probes[sample]
+            else:
+                memory.forget()
+                self.not_remembered.add(sample)
+            memory.seal()
+        if 0 < len(self.computed) < len(self.decisions):
+            # Not `torch.tensor(..., device=...)`, whose copy waits for the device.
+            self.rows = torch.tensor(self.computed).to(self.stage_input[0].device, non_blocking=True)
+
+    def note_additions(self, arrived: Streams) -> None:
+        """Keep apart what the model added between two blocks: it is no part of the stage's residual."""
+        self.spoiled |= self.returned_versions != versions_of(self.returned)  # then nobody knows what was added
+        for i, (now, left) in enumerate(zip(arrived, self.returned, strict=False)):
+            if now is not left:
+                addition = now - left
+                self.added[i] = addition if self.added[i] is None else self.added[i] + addition
+
+    def note_returned(self, streams: Streams) -> None:
+        """Keep what a block returned, to tell what the model adds to it."""
+        self.returned, self.returned_versions = streams, versions_of(streams)
+
+    @outside_graph
+    def remember(self, end: Streams, step: int) -> bool:
+        """Keep the residual of every computed sample, and with it the differences that forecasts need.
+
+        Returns:
+            False where somebody wrote into the stage's input, so that there is no residual to keep.
+        """
+        intact = not self.stage.keeps_residuals or not self.spoiled
+        for sample in self.computed:
+            memory = self.memories[sample]
+            elapsed = step - memory.computed_step
+            if not intact:
+                memory.forget()
+            elif self.stage.keeps_residuals and sample not in self.not_remembered:
+                residual = self._residual(end, sample)
+                self.learn(sample, residual, memory.terms)
+                memory.terms = advance_terms(memory.terms, residual, elapsed, self.stage.order_at(step))
+                memory.seal()
+            if sample in self.products:
+                memory.products = self.products[sample], elapsed
+            memory.computed_step = step
+        return intact
+
+    def check(self, end: Streams) -> None:
+        """Take note whether anybody wrote into the tensors that residuals are counted from. `end` left a block."""
+        if end is not self.stage_input:
+            self.spoiled |= self.versions != versions_of(self.stage_input) or share_memory(end, self.stage_input)
+
+    def learn(self, sample: int, computed: Features, terms: list[Features]) -> None:
+        """Add up what a forecast that fits itself can learn from features which it could have forecast."""
+        if self.stage.learns and len(terms) == self.stage.forecast.order + 1:
+            products = inner_products([computed, *terms])
+            earlier = self.products.get(sample)
+            self.products[sample] = products if earlier is None else earlier + products
+
+    def _residual(self, end: Streams, sample: int) -> Streams:
+        parts = []
+        for last, first, addition in zip(
+            sample_row(end, sample), sample_row(self.stage_input, sample), self.added, strict=False
+        ):
+            part = last - first
+            parts.append(part if addition is None else part - addition[sample : sample + 1])
+        return tuple(parts)
+
+    def coefficients(self, step: int, sample: int) -> list[float]:
+        """Of the forecast at `step`."""
+        memory = self.memories[sample]
+        return (memory.fitted or self.stage.forecast).coefficients(step - memory.computed_step)
+
+    def stand_in(self, end: Streams, step: int, into: Streams | None = None) -> Streams:
+        """The end of the stage: as computed, or as arrived plus the forecast residual.
+
+        Args:
+            end: the streams at the stage's end, with computed samples in their rows.
+            step: of the forecast.
+            into: tensors that the result is written into, if they are given.
+        """
+        rows = []
+        for sample, (memory, decision) in enumerate(zip(self.memories, self.decisions, strict=True)):
+            row, place = sample_row(end, sample), None if into is None else sample_row(into, sample)
+            if decision.skips:
+                row = extrapolate(memory.terms, self.coefficients(step, sample), base=row, into=place)
+            elif place is not None:
+                for part, computed in zip(place, row, strict=True):
+                    part.copy_(computed)
+            rows.append(row)
+        return join_rows(rows) if into is None else into
+
+
+def share_memory(returned: Streams, given: Streams) -> bool:
+    """Whether a stream that left a block lies where it came in: kernels that write in place may count no version.
+
+    Addresses are compared, for a kernel may make a tensor of its own there. They are zero on the meta device.
+    """
+    return any(a.data_ptr() == b.data_ptr() != 0 for a, b in zip(returned, given, strict=False))

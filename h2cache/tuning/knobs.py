@@ -1,0 +1,85 @@
+"""The knobs of methods: fields that skip more or less, in an order that a search can follow.
+
+A knob is found by the names of its fields, so that a new method with a threshold or an interval has it as well.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..config import CacheConfig
+
+
+class Knob(Protocol):
+    """One way to skip more or less: positions in ascending order of skipping, and the fields that they set."""
+
+    fields: tuple[str, ...]
+    most: float  # the position at which everything is skipped that can be
+
+    def start(self, method: CacheConfig) -> float: ...
+
+    def setting(self, position: float) -> dict[str, Any]: ...
+
+    def smaller(self, position: float) -> float | None: ...
+
+    def larger(self, position: float) -> float: ...
+
+    def between(self, low: float, high: float) -> float | None:
+        """None where the two are next to each other."""
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Thresholds at fixed `ratios` to the first of them; the position is that first one."""
+
+    fields: tuple[str, ...]
+    ratios: tuple[float, ...] = (1.0,)
+    most = 1e9  # relative changes are of order one; not infinite, since a ratio may be zero
+
+    def start(self, method: CacheConfig) -> float:
+        value = getattr(method, self.fields[0])
+        return value if 0 < value < self.most else 0.1
+
+    def setting(self, position: float) -> dict[str, Any]:
+        return {name: position * ratio for name, ratio in zip(self.fields, self.ratios, strict=True)}
+
+    def smaller(self, position: float) -> float | None:
+        return position / 2
+
+    def larger(self, position: float) -> float:
+        return position * 2
+
+    def between(self, low: float, high: float) -> float | None:
+        return math.sqrt(low * high) if high / low > 1.01 else None
+
+
+@dataclass(frozen=True)
+class Every:
+    """A whole number of steps from one computed step to the next."""
+
+    fields: tuple[str, ...]
+    most = 10**9
+
+    def start(self, method: CacheConfig) -> int:
+        return max(2, getattr(method, self.fields[0]))
+
+    def setting(self, position: int) -> dict[str, Any]:
+        return {self.fields[0]: position}
+
+    def smaller(self, position: int) -> int | None:
+        return position // 2 or None
+
+    def larger(self, position: int) -> int:
+        return position * 2
+
+    def between(self, low: int, high: int) -> int | None:
+        return (low + high) // 2 if high - low > 1 else None
+
+
+# Ratio 0: the second threshold is never met, so that its stage is skipped only along with the first.
+RATIOS = (0.0, 0.75, 1.5, 3.0)
+KNOBS: tuple[Knob, ...] = (
+    Thresholds(("threshold",)),
+    *(Thresholds(("tau1", "tau2"), (1.0, ratio)) for ratio in RATIOS),
+    Every(("interval",)),
+)

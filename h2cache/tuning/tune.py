@@ -1,0 +1,265 @@
+"""Settings that find themselves: `tune` turns a method's knob until its images, or its speed, are what was asked for.
+
+A knob (`knobs.py`) is followed by bisection, since more skipping is less fidelity. Every setting that was tried is
+returned with the answer, so that the next question may need no further run.
+"""
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..config import CacheConfig
+from ..handle import apply
+from .knobs import KNOBS, Knob
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one setting gave, over the prompts.
+
+    `computed_fraction` of all blocks; `psnr`, mean in dB against the uncached images (infinite where every image is the
+    same); `wall_speedup`, median ratio of the times of whole pipeline calls: of this machine, in this hour.
+    """
+
+    config: CacheConfig
+    computed_fraction: float
+    psnr: float
+    wall_speedup: float = field(compare=False)
+
+    @property
+    def speedup(self) -> float:
+        """In blocks: how many times fewer were computed."""
+        return 1 / self.computed_fraction
+
+
+class Target(Protocol):
+    """What is asked of a method."""
+
+    def met_by(self, trial: Trial) -> bool:
+        """Whether the trial is an answer."""
+
+    def beyond(self, trial: Trial) -> bool:
+        """Whether the boundary lies at less skipping than in this trial."""
+
+    def worth(self, trial: Trial) -> tuple[float, float]:
+        """The best answer is the one with the largest."""
+
+    def nearness(self, trial: Trial) -> float:
+        """Where nothing is an answer: how near a trial came to it."""
+
+
+@dataclass(frozen=True)
+class Psnr:
+    """Images at least so near to the uncached ones, in dB on average over the prompts; as fast as can be."""
+
+    decibels: float
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "decibels")
+
+    def met_by(self, trial: Trial) -> bool:
+        return trial.psnr >= self.decibels and trial.computed_fraction < 1
+
+    def beyond(self, trial: Trial) -> bool:
+        return trial.psnr < self.decibels
+
+    def worth(self, trial: Trial) -> tuple[float, float]:
+        return trial.speedup, trial.psnr
+
+    def nearness(self, trial: Trial) -> float:
+        return trial.psnr if trial.computed_fraction < 1 else -math.inf
+
+    def __str__(self) -> str:
+        return f"{self.decibels:g} dB with anything skipped"
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """At least so many times fewer blocks computed; images as near to the uncached ones as can be."""
+
+    times: float
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "times")
+
+    def met_by(self, trial: Trial) -> bool:
+        return trial.speedup >= self.times * (1 - 1e-9)  # a fraction of blocks is not exact in floating point
+
+    def beyond(self, trial: Trial) -> bool:
+        return self.met_by(trial)
+
+    def worth(self, trial: Trial) -> tuple[float, float]:
+        return trial.psnr, trial.speedup
+
+    def nearness(self, trial: Trial) -> float:
+        return trial.speedup
+
+    def __str__(self) -> str:
+        return f"{self.times:g} times fewer blocks"
+
+
+class Unreachable(ValueError):
+    """No setting that was tried meets the target. `best` came nearest; `curve` has them all."""
+
+    def __init__(self, method: CacheConfig, target: Target, best: Trial, curve: tuple[Trial, ...]):
+        self.best, self.curve = best, curve
+        super().__init__(
+            f"{type(method).__name__} did not reach {target} in {len(curve)} settings: nearest was {best.config}, "
+            f"{best.psnr:.2f} dB at {best.speedup:.2f} times fewer blocks; ask for less, or give other fields to try "
+            "with over="
+        )
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The answer to a target. `curve` has every setting that was tried, from the slowest to the fastest."""
+
+    target: Target
+    best: Trial
+    curve: tuple[Trial, ...]
+
+    @property
+    def config(self) -> CacheConfig:
+        """For `h2cache.apply`."""
+        return self.best.config
+
+
+def tune(
+    pipe: Any,
+    prompts: Sequence[str],
+    method: CacheConfig,
+    target: Target,
+    *,
+    over: Mapping[str, Sequence[Any]] | None = None,
+    seed: int = 0,
+    trials: int = 8,
+    on_trial: Callable[[Trial], None] = lambda trial: None,
+    **call: Any,
+) -> Tuned:
+    """The setting of `method` that meets `target` best on `prompts`, and the curve of all that were tried.
+
+    `pipe(prompt, generator=..., output_type="pt", **call)` draws, on noise of seed, seed + 1, ... for the prompts; a
+    cache that is applied to it is removed. `method` is a configuration: its threshold, two thresholds or interval are
+    searched, its other fields kept. `target` is `Psnr(decibels)`, answered by the fastest setting that is so near, or
+    `Speedup(times)`, by the nearest that is so fast. `over` gives values for further fields, each combination of which
+    is searched; where it names the searched fields themselves, exactly its combinations are tried. Each search takes at
+    most `trials` settings after the one that skips all it can; `on_trial` sees each as it is measured. Equal arguments
+    give equal results, wall times apart.
+
+    Unreachable (a ValueError) where no setting meets the target; TypeError for a method that has nothing to search, and
+    whatever `h2cache.apply` raises; ValueError for fields and values that `method` does not have.
+    """
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"prompts = {prompts!r}: must be a list of one prompt or more")
+    if trials < 1:
+        raise ValueError(f"trials = {trials!r}: must be a whole number from 1")
+    apply(pipe, method).remove()  # refuses what cannot be cached, and removes what was applied before
+    searches = list(_searches(method, dict(over or {})))
+    bench = _Bench(pipe, prompts, seed, call, on_trial)
+    for start, knob in searches:
+        if knob is None:
+            bench.measure(start)
+        else:
+            _follow(knob, start, bench.measure, target, trials)
+    curve = tuple(sorted(bench.trials, key=lambda trial: trial.speedup))
+    answers = [trial for trial in curve if target.met_by(trial)]
+    if not answers:
+        raise Unreachable(method, target, max(curve, key=target.nearness), curve)
+    return Tuned(target, max(answers, key=target.worth), curve)
+
+
+def _searches(method: CacheConfig, over: dict[str, Sequence[Any]]) -> Iterator[tuple[CacheConfig, Knob | None]]:
+    """Where to start, and the knob to follow from there: None where `over` leaves nothing to follow."""
+    names = {each.name for each in fields(method)}
+    knobs = [knob for knob in KNOBS if names.issuperset(knob.fields)]
+    turned = {name for knob in knobs for name in knob.fields}
+    if not turned and not over:
+        raise TypeError(
+            f"{type(method).__name__} has no threshold and no interval to search: say what to try with over="
+        )
+    if turned & over.keys() and not turned <= over.keys():
+        raise ValueError(f"over gives values for some of {', '.join(sorted(turned))}: give all of them or none")
+    if turned <= over.keys():
+        knobs = [None]
+    for values in itertools.product(*over.values()):
+        start = method.updated(**dict(zip(over, values, strict=True)))
+        yield from ((start, knob) for knob in knobs)
+
+
+def _follow(
+    knob: Knob, start: CacheConfig, measure: Callable[[CacheConfig], Trial], target: Target, trials: int
+) -> None:
+    """Bisect for the boundary of `target`, after a bracket around it has been found."""
+
+    def beyond(position: float) -> bool:
+        return target.beyond(measure(start.updated(**knob.setting(position))))
+
+    if not beyond(knob.most):
+        return
+    low = high = None
+    position = knob.start(start)
+    for _ in range(trials):
+        if beyond(position):
+            high = position
+        else:
+            low = position
+        if low is None:
+            position = knob.smaller(high)
+        elif high is None:
+            position = knob.larger(low)
+        else:
+            position = knob.between(low, high)
+        if position is None:
+            return
+
+
+class _Bench:
+    """Measures settings on the same prompts and noise."""
+
+    def __init__(
+        self, pipe: Any, prompts: Sequence[str], seed: int, call: dict[str, Any], on_trial: Callable[[Trial], None]
+    ):
+        self.pipe, self.prompts, self.seed, self.call, self.on_trial = pipe, prompts, seed, call, on_trial
+        self.trials: list[Trial] = []
+        self._draw(0)  # the first call of a process is slower than the others
+        self._plain = [self._draw(index) for index in range(len(prompts))]
+
+    def measure(self, config: CacheConfig) -> Trial:
+        with apply(self.pipe, config) as handle:
+            drawn = [self._draw(index) for index in range(len(self.prompts))]
+        pairs = list(zip(drawn, self._plain, strict=True))
+        trial = Trial(
+            config,
+            computed_fraction=handle.summary()["computed_fraction"],
+            psnr=statistics.mean(_psnr(image, plain) for (image, _), (plain, _) in pairs),
+            wall_speedup=statistics.median(before / seconds for (_, seconds), (_, before) in pairs),
+        )
+        self.trials.append(trial)
+        self.on_trial(trial)
+        return trial
+
+    def _draw(self, index: int) -> tuple[Tensor, float]:
+        """Images as they would be saved, 0 to 255, and the seconds that the pipeline took."""
+        noise = torch.Generator("cpu").manual_seed(self.seed + index)
+        started = time.perf_counter()
+        images = self.pipe(self.prompts[index], generator=noise, output_type="pt", **self.call).images
+        images = images.to("cpu", torch.float32)  # waits for the device
+        return (images * 255).round(), time.perf_counter() - started
+
+
+def _psnr(images: Tensor, plain: Tensor) -> float:
+    error = (images - plain).square().mean().item()
+    return 10 * math.log10(255**2 / error) if error else math.inf
+
+
+def _require_positive(target: Any, name: str) -> None:
+    value = getattr(target, name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{type(target).__name__}.{name} = {value!r}: must be a finite number above 0")

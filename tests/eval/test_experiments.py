@@ -1,0 +1,387 @@
+"""`python -m eval` as its user meets it: what the configurations say, what a run leaves behind, what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from PIL import Image
+from repository import REPOSITORY
+
+import h2cache
+from baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
+from eval import __main__ as program
+from eval.metrics import psnr
+from eval.study import Study, read_study
+from h2cache import H2CacheConfig
+
+SHIPPED = sorted(path.stem for path in (REPOSITORY / "configs/experiment").iterdir())
+CALL = {"height": 32, "width": 32, "num_inference_steps": 4, "max_sequence_length": 24}
+# A small experiment: the settings of one, without outputs that are tested elsewhere.
+SMALL = ["experiment=qualitative", "experiments.qualitative.outputs=[]", "experiments.qualitative.metrics=[psnr]"]
+
+
+def study(*overrides: str) -> Study:
+    """What a command would do."""
+    model = next((each.removeprefix("model=") for each in overrides if each.startswith("model=")), "flux-mini")
+    with initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
+        method = cache(lambda option: compose("run", overrides=[f"model={model}", f"method={option}"]).method)
+        return read_study(compose("eval", overrides=list(overrides)), model, method)
+
+
+def configs(study: Study, experiment: str) -> dict[str, object]:
+    (found,) = (each for each in study.experiments if each.name == experiment)
+    return {setting.name: setting.config for setting in found.settings}
+
+
+@pytest.fixture
+def command(tiny_pipe_folder, tmp_path, monkeypatch, capsys):
+    """`command("limit=1")` runs the program in this process, on the tiny pipeline, in a folder of its own.
+
+    Returns (exit code, stdout, stderr).
+    """
+
+    def command(*arguments: str, tiny: bool = True) -> tuple[int, str, str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "")
+        monkeypatch.setattr(sys, "argv", ["eval", *(arguments_for(tiny_pipe_folder) if tiny else []), *arguments])
+        with pytest.raises(SystemExit) as exit:
+            program.main()
+        return exit.value.code or 0, *capsys.readouterr()
+
+    return command
+
+
+def arguments_for(folder: Path) -> list[str]:
+    return [f"model.path={folder}", *(f"model.{field}={value}" for field, value in CALL.items())]
+
+
+def measured(folder: Path, experiment: str = "qualitative") -> pd.DataFrame:
+    """All of measurements.csv but times."""
+    frame = pd.read_csv(folder / experiment / "measurements.csv")
+    return frame[[column for column in frame if not column.endswith("_seconds")]]
+
+
+# What the configurations say.
+
+
+def test_on_the_large_models_table1_is_the_papers():
+    """Its prompts, seed, steps and thresholds, whichever build of FLUX.1-dev draws."""
+    for model in ("flux1-dev", "nunchaku-flux1-dev", "nunchaku-flux1-dev-realism"):
+        table = study(f"model={model}", "experiment=table1")
+        cells = [cell for _, cell in table.cells[0]]
+        assert {(cell.seed, cell.steps) for cell in cells} == {(0, 100)}
+        assert len({cell.prompt.id for cell in cells}) == 80 and cells[0].prompt.id == "cute001"
+        methods = configs(table, "table1")
+        assert list(methods)[:4] == ["Baseline", "Block Cache", "TeaCache", "H2-Cache"]
+        assert methods["H2-Cache"] == H2CacheConfig(tau1=0.15, tau2=0.22)
+        assert methods["Block Cache"] == BlockCacheConfig(0.12)
+        assert methods["TeaCache"] == TeaCacheConfig()
+
+
+def test_on_the_embedded_model_it_is_what_serves_it():
+    table = study("experiment=table1")
+    cells = [cell for _, cell in table.cells[0]]
+    assert {cell.steps for cell in cells} == {50}
+    methods = configs(table, "table1")
+    assert [cell.seed for cell in cells] == [index for index in range(80) for _ in methods]
+    assert all(cell.prompt.word for cell in cells)
+    assert methods["H2-Cache"] == H2CacheConfig(tau1=0.05, tau2=0.1)
+    assert methods["HiCache"] == HiCacheConfig(granularity="stage")
+    assert methods["TaylorSeer"] == TaylorSeerConfig(5, granularity="stage")
+    assert methods["ClusCa"] == ClusCaConfig(3, forecast="hermite")
+
+
+@pytest.mark.parametrize("model", sorted(path.stem for path in (REPOSITORY / "configs/model").iterdir()))
+def test_every_experiment_can_be_read_for_every_model(model):
+    everything = study(f"model={model}")
+    assert sorted(experiment.name for experiment in everything.experiments) == SHIPPED
+    assert all(
+        setting.config is None or setting.config.compose()
+        for each in everything.experiments
+        for setting in each.settings
+    )
+    assert all(names[0] == "Baseline" for names in (list(configs(everything, name)) for name in SHIPPED))
+
+
+def test_experiments_share_what_they_draw():
+    """Each image is drawn once for all of them, prompt by prompt."""
+    everything = study()
+    alone = sum(len(cells) for cells in everything.cells)
+    cells = everything.all_cells
+    assert len(set(cells)) == len(cells) < alone
+    assert len({cell.method for cell in cells}) <= 60
+    order = [cell.prompt.id for cell in cells]
+    assert order == sorted(order)
+
+
+@pytest.fixture
+def own(tmp_path):
+    """`own("A: {method: h2cache}")` is the study of a user's own experiment with these settings, beside ours."""
+
+    def own(*settings: str) -> Study:
+        (tmp_path / "experiment").mkdir()
+        lines = ["# @package experiments.own", "title: mine", "settings:", *(f"  {setting}" for setting in settings)]
+        (tmp_path / "experiment/own.yaml").write_text("\n".join(lines))
+        return study("experiment=own", f"hydra.searchpath=[file://{tmp_path}]", "limit=1")
+
+    return own
+
+
+def test_an_experiment_of_ones_own_says_only_what_is_its_own(own):
+    """The rest is the protocol's."""
+    (mine,) = own("Baseline: {method: none}").experiments
+    (table,) = study("experiment=table1").experiments
+    assert (mine.name, mine.title, mine.description, mine.outputs) == ("own", "mine", "", ())
+    shared = ("prompts", "limit", "seeds", "steps", "metrics")
+    assert [getattr(mine, field) for field in shared] == [getattr(table, field) for field in shared]
+
+
+def test_a_list_is_an_axis_and_the_names_say_what_differs(own):
+    axes = own("H2-Cache: {method: h2cache, tau1: [0.1, 0.2], pool1: [null, 32], tau2: 0.3}")
+    assert configs(axes, "own") == {
+        "H2-Cache, tau1 = 0.1, pool1 = none": H2CacheConfig(tau1=0.1, tau2=0.3, pool1=None),
+        "H2-Cache, tau1 = 0.1, pool1 = 32": H2CacheConfig(tau1=0.1, tau2=0.3, pool1=32),
+        "H2-Cache, tau1 = 0.2, pool1 = none": H2CacheConfig(tau1=0.2, tau2=0.3, pool1=None),
+        "H2-Cache, tau1 = 0.2, pool1 = 32": H2CacheConfig(tau1=0.2, tau2=0.3, pool1=32),
+    }
+    assert {setting.method for setting in axes.experiments[0].settings} == {"H2-Cache"}
+
+
+def test_a_list_of_settings_goes_through_them_one_by_one(own):
+    first, second = (
+        "{method: h2cache, tau1: 0.1, hierarchical: false}",
+        "{method: h2cache, tau1: 0.2, hierarchical: true}",
+    )
+    assert configs(own(f"H2-Cache: [{first}, {second}]"), "own") == {
+        "H2-Cache, tau1 = 0.1, hierarchical = no": H2CacheConfig(tau1=0.1, hierarchical=False),
+        "H2-Cache, tau1 = 0.2, hierarchical = yes": H2CacheConfig(tau1=0.2),
+    }
+
+
+def test_where_a_field_is_a_list_an_axis_is_a_list_of_lists(own):
+    settings = (
+        "One: {method: teacache, coefficients: [1, 0]}",
+        "Two: {method: teacache, coefficients: [[1, 0], [2, 0]]}",
+    )
+    assert [config.coefficients for config in configs(own(*settings), "own").values()] == [(1, 0), (1, 0), (2, 0)]
+
+
+def test_limits_seeds_steps_and_prompts_can_be_chosen(tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two"}\n{"prompt": "three"}')
+    chosen = study(
+        "experiment=separation", "prompts=jsonl", f"prompts.path={tmp_path}/mine.jsonl", "limit=2", "protocol.steps=7"
+    )
+    cells = [cell for _, cell in chosen.cells[0]]
+    assert [(cell.prompt.text, cell.seed, cell.steps) for cell in cells[::4]] == [("one", 0, 7), ("two", 1, 7)]
+    fixed = study("experiment=separation", "+experiments.separation.seeds=fixed", "experiments.separation.limit=3")
+    assert [cell.seed for _, cell in fixed.cells[0]] == [0] * 12
+
+
+# What a run leaves behind.
+
+
+def test_a_run_measures_what_the_library_draws(command, tiny_pipe, tmp_path):
+    thresholds = ["+protocol.h2cache.tau1=9", "+protocol.h2cache.tau2=9"]
+    code, stdout, stderr = command(*SMALL, *thresholds, "limit=2", "out=found")
+    assert (code, stderr) == (0, "8 images to draw, 2 prompts\n")
+    assert "8 images, 8 of them drawn now" in stdout and "found/report.html" in stdout
+    assert sorted(path.name for path in (tmp_path / "found").iterdir()) == [
+        *("environment.json", "qualitative", "records", "report.html"),
+    ]
+    frame = pd.read_csv(tmp_path / "found/qualitative/measurements.csv", keep_default_na=False, na_values="")
+    rows = frame.set_index(["setting", "prompt_id"])
+    settings = ("Baseline", "Block Cache", "TeaCache", "H2-Cache")
+    assert list(rows.index) == [(setting, prompt) for setting in settings for prompt in ("sign00", "sign01")]
+    with h2cache.apply(tiny_pipe, H2CacheConfig(tau1=9, tau2=9)) as handle:
+        arguments = {**CALL, "generator": torch.manual_seed(1), "guidance_scale": 3.5}
+        expected = tiny_pipe(rows.loc["H2-Cache", "sign01"].prompt, **arguments).images[0]
+    row, baseline = (rows.loc[name, "sign01"] for name in ("H2-Cache", "Baseline"))
+    image, uncached = (Image.open(tmp_path / "found" / each.image) for each in (row, baseline))
+    assert np.array_equal(image, expected)
+    assert row.psnr == pytest.approx(psnr(image, uncached)) and baseline.psnr == np.inf
+    assert row.computed_fraction == handle.summary()["computed_fraction"] < 1
+    assert row.total_seconds == pytest.approx(row.text_seconds + row.denoising_seconds + row.vae_seconds)
+
+
+def test_beside_the_results_stands_what_made_them(command, tmp_path):
+    command(*SMALL, "limit=1", "out=found")
+    facts = json.loads((tmp_path / "found/environment.json").read_text())
+    assert {"command", "time", "commit", "python", "packages", "gpus", "driver", "cpu", "threads"} <= set(facts)
+    assert facts["packages"]["torch"] == torch.__version__.split("+")[0]
+    assert (facts["model"], facts["images"], facts["failed"]) == ("flux-mini", 4, 0)
+    assert facts["model_fields"]["height"] == 32
+    assert 0 < facts["harness_overhead"] < 10
+
+
+def test_the_same_command_again_changes_nothing_and_another_adds_to_it(command, tmp_path):
+    command(*SMALL, "limit=1")
+    first = measured(tmp_path / "results")
+    code, stdout, stderr = command(*SMALL, "limit=1")
+    assert (code, stderr) == (0, "")
+    pd.testing.assert_frame_equal(measured(tmp_path / "results"), first)
+    _, stdout, _ = command(*SMALL, "limit=1", "+protocol.h2cache.tau1=[0.05,0.3]")
+    assert "5 images, 1 of them drawn now" in stdout
+    _, stdout, _ = command(*SMALL, "limit=1", "model.guidance_scale=2")
+    assert "4 images, 4 of them drawn now" in stdout
+
+
+def test_a_damaged_image_is_drawn_again(command, tmp_path):
+    command(*SMALL, "limit=1")
+    first = measured(tmp_path / "results")
+    image = tmp_path / "results" / first.image[2]
+    image.write_bytes(image.read_bytes()[:-10])
+    _, stdout, _ = command(*SMALL, "limit=1")
+    assert "4 images, 1 of them drawn now" in stdout
+    pd.testing.assert_frame_equal(measured(tmp_path / "results"), first)
+
+
+def test_scores_are_computed_once_whatever_ends_the_run(command, tmp_path, monkeypatch):
+    """Half a line at the end of their file, and none is lost or believed."""
+    command(*SMALL, "limit=1")
+    first = measured(tmp_path / "results")
+    scores = tmp_path / "results/records/scores.jsonl"
+    scores.write_bytes(scores.read_bytes()[:-4])
+    asked = []
+    monkeypatch.setitem(program_metrics(), "psnr", lambda *images: asked.append(images) or psnr(*images))
+    for _ in range(2):
+        command(*SMALL, "limit=1")
+        assert len(asked) == 1
+        pd.testing.assert_frame_equal(measured(tmp_path / "results"), first)
+
+
+def program_metrics() -> dict:
+    from eval.quality import AGAINST_REFERENCE
+
+    return AGAINST_REFERENCE
+
+
+def test_a_method_that_fails_is_told_and_missing_and_tried_again(command, tmp_path, monkeypatch):
+    apply = h2cache.apply
+
+    def failing(pipe, config):
+        if isinstance(config, TeaCacheConfig):
+            raise MemoryError("no room")
+        return apply(pipe, config)
+
+    monkeypatch.setattr(h2cache, "apply", failing)
+    arguments = ["experiment=qualitative", "experiments.qualitative.metrics=[psnr]", "limit=2"]
+    summary = "experiments.qualitative.outputs=[{_target_: eval.tables.SummaryTable},{_target_: eval.figures.Rows}]"
+    code, stdout, stderr = command(*arguments, summary)
+    assert code == 1
+    assert "failed: TeaCache, 2 images: MemoryError: no room" in stderr
+    assert "the same command tries them again" in stderr
+    assert set(measured(tmp_path / "results").setting) == {"Baseline", "Block Cache", "H2-Cache"}
+    assert "No image was made by: TeaCache" in (tmp_path / "results/qualitative/summary.md").read_text()
+    monkeypatch.setattr(h2cache, "apply", apply)
+    code, stdout, _ = command(*arguments, summary)
+    assert code == 0 and "8 images, 2 of them drawn now" in stdout
+
+
+def test_a_real_run_that_is_killed_goes_on_and_ends_like_another(command, tiny_pipe_folder, tmp_path):
+    """`python -m eval` gets SIGKILL as soon as three of sixteen images are there."""
+    arguments = [*SMALL, "limit=4", "out=killed"]
+    command(*SMALL, "limit=4", "out=undisturbed")
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "eval", *arguments_for(tiny_pipe_folder), *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    records = tmp_path / "killed/records"
+    while process.poll() is None and len(list(records.glob("[!.]*.json"))) < 3:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    code, stdout, _ = command(*arguments)
+    assert code == 0 and "16 images" in stdout and "16 of them" not in stdout
+    pd.testing.assert_frame_equal(measured(tmp_path / "killed"), measured(tmp_path / "undisturbed"))
+
+
+def test_ctrl_c_is_130(command, monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("eval.harness.sweep", interrupted)
+    code, _, stderr = command(*SMALL)
+    assert (code, stderr) == (130, "eval: interrupted; the same command goes on where it was\n")
+
+
+# What it refuses.
+
+TABLE = "experiments.table1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["experiment=tabel1"], ["experiment=tabel1", "table1", "pareto"]),
+        (["experiment=[table1,tabel2]"], ["experiment=tabel2", "table1"]),
+        (["experiment=[]"], ["no experiment", "experiment=[table1,pareto]"]),
+        (["model=flux2"], ["model=flux2", "flux-mini", "flux1-dev"]),
+        (["prompts=cute8"], ["prompts=cute8", "cute80", "jsonl"]),
+        (["prompts=jsonl"], ["prompts.path"]),
+        (["prompts=jsonl", "prompts.path=no such, file.jsonl"], ["no such, file.jsonl", "no such file"]),
+        (["launcher=slurm"], ["launcher=slurm", "local", "ray"]),
+        (["launcher=ray", "launcher.workers=0"], ["workers=0", "whole number"]),
+        (["limit=0"], ["limit=0", "whole number"]),
+        (["limits=3"], ["limits", "limit"]),
+        (["+limits=3"], ["limits", "limit", "out"]),
+        (["-m", "limit=1,2"], ["multirun", "experiment=["]),
+        (["model.height=65"], ["height=65", "multiple of 16"]),
+        (["model.path=nowhere"], ["nowhere", "model_index.json"]),
+        (["clipiqa_checkpoint=a.pt"], ["clipiqa_checkpoint=a.pt", "no such file"]),
+        (["out=/proc/results"], ["/proc/results", "out="]),
+        ([f"+{TABLE}.metrics=[psnr,snr]"], ["'snr'", "psnr"]),
+        ([f"+{TABLE}.seeds=random"], ["table1", "seeds", "'random'", "fixed", "per_prompt"]),
+        ([f"+{TABLE}.steps=0"], ["table1", "steps=0"]),
+        ([f"+{TABLE}.setings={{}}"], ["table1", "setings", "settings"]),
+        (["protocol.h2cache.method=h3cache"], ["method=h3cache", "h2cache"]),
+        (["+protocol.h2cache.tau3=1"], ["table1", "H2-Cache", "tau3", "tau1, tau2"]),
+        (["+protocol.h2cache.tau1=high"], ["table1", "H2-Cache", "tau1", "'high'"]),
+        (["+protocol.h2cache.tau1=[0.1,0.1]"], ["table1", "H2-Cache", "more than once"]),
+        (["+protocol.h2cache.tau1=[]"], ["tau1", "empty list"]),
+        ([f"+{TABLE}.settings.Baseline.tau1=[0.1,0.2]"], ["Baseline", "no field tau1", "none"]),
+        ([f"+{TABLE}.settings.Uncached={{method: none}}"], ["Uncached", "Baseline", "none"]),
+        ([f"{TABLE}.settings.Baseline={{method: h2cache}}"], ["Baseline", "none"]),
+        ([f"{TABLE}.settings.H2-Cache=3"], ["H2-Cache", "3", "method"]),
+        ([f"+{TABLE}.settings.X={{tau1: 0.1}}"], ["X", "tau1", "method"]),
+        ([f"{TABLE}.outputs=[{{_target_: eval.figures.Nothing}}]"], ["table1", "outputs", "Nothing"]),
+        ([f"{TABLE}.outputs=[{{name: x}}]"], ["table1", "outputs", "_target_"]),
+        ([f"{TABLE}.title=${{nothing}}"], ["nothing"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_the_user_can_put_right_is_one_sentence_before_any_image_is_made(command, tmp_path, arguments, says):
+    chosen = [] if any(argument.startswith("experiment=") for argument in arguments) else ["experiment=table1"]
+    code, stdout, stderr = command(*chosen, *arguments)
+    assert (code, stdout) == (2, "")
+    assert stderr.startswith("eval: error: ") and stderr.count("\n") == 1
+    assert [word for word in says if word not in stderr] == []
+    assert list(tmp_path.rglob("*.png")) == []
+
+
+def test_a_malformed_line_of_a_prompt_file_is_named(command, tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "one"}\n{"prompt": }\n')
+    code, _, stderr = command(*SMALL, "prompts=jsonl", "prompts.path=mine.jsonl")
+    assert code == 2 and "mine.jsonl, line 2: not JSON" in stderr
+
+
+def test_two_prompts_of_one_name_are_refused_and_of_one_text_are_drawn_once(command, tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "one", "id": "a"}\n{"prompt": "one", "id": "b"}\n')
+    arguments = [*SMALL, "prompts=jsonl", "prompts.path=mine.jsonl", "protocol.seeds=fixed"]
+    _, stdout, _ = command(*arguments)
+    assert "4 images, 4 of them drawn now" in stdout
+    assert len(measured(tmp_path / "results")) == 8
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "one", "id": "a"}\n{"prompt": "two", "id": "a"}\n')
+    assert "line 2: the id 'a'" in command(*arguments)[2]

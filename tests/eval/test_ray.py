@@ -1,0 +1,118 @@
+"""launcher=ray: two workers on the CPU that draw what one process draws, also where one of them is killed."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from diary import CELLS, Diary, timeless
+
+from eval.errors import UserError
+from eval.identity import identity
+from eval.launchers import LocalLauncher, RayLauncher
+from eval.pipelines import ModelConfig
+from eval.prompts import Prompt
+from eval.records import Cell, Store
+from eval.sweep import Report, sweep
+
+pytest.importorskip("ray", reason="launcher=ray is an optional extra")
+
+# Four prompts, so that each worker has some to do.
+MANY = [Cell(Prompt(f"{cell.prompt.id}{k}", cell.prompt.text), k, 4, cell.method) for cell in CELLS for k in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_pipe_folder: Path) -> ModelConfig:
+    fields = {"path": str(tiny_pipe_folder), "hub_id": None, "dtype": "float32", "device": "cpu", "offload": "none"}
+    sizes = {"height": 32, "width": 32, "num_inference_steps": 4, "guidance_scale": 3.5, "max_sequence_length": 24}
+    return ModelConfig(**fields, **sizes)
+
+
+@pytest.fixture
+def draw(model, tmp_path):
+    def draw(launcher: object, folder: str, watcher: Diary | None = None) -> Report:
+        store = Store(tmp_path / folder, identity(model))
+        with store.locked():
+            return sweep(store, MANY, model, launcher, watcher or Diary())
+
+    return draw
+
+
+def workers() -> Iterator[int]:
+    """The processes of Ray's actors that descend from this one."""
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and _command(folder).startswith(b"ray::Worker"):
+            parent = int(folder.name)
+            while parent > 1 and parent != os.getpid():
+                parent = _parent(parent)
+            if parent == os.getpid():
+                yield int(folder.name)
+
+
+def _command(folder: Path) -> bytes:
+    try:
+        return (folder / "cmdline").read_bytes()
+    except OSError:  # it has ended meanwhile
+        return b""
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+class Killer(Diary):
+    """Kills a worker as soon as the first image is there."""
+
+    killed: int | None = None
+
+    def ends(self, cell: Cell, reason: str | None) -> None:
+        super().ends(cell, reason)
+        if self.killed is None:
+            self.killed = next(workers())
+            os.kill(self.killed, signal.SIGKILL)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the workers in /proc")
+def test_a_killed_worker_is_replaced_and_the_records_are_those_of_one_process(draw):
+    killer = Killer()
+    report = draw(RayLauncher(workers=2), "ray", killer)
+    assert killer.killed is not None
+    assert (report.drawn, report.failures) == (len(MANY), {})
+    assert killer.events[1:] == ["drawn"] * len(MANY)
+    assert timeless(report.records) == timeless(draw(LocalLauncher(), "local").records)
+    assert list(workers()) == []
+
+
+def test_without_ray_it_says_how_to_get_it(draw, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"launcher=ray needs Ray: pip install 'ray>=2.40', or use launcher=local"):
+        draw(RayLauncher(), "ray")
+
+
+def test_what_cannot_be_had_is_one_sentence(model, monkeypatch):
+    for fields in ({"workers": 0}, {"workers": True}, {"cpus_per_worker": 0}):
+        with pytest.raises(UserError, match="whole number from 1"):
+            RayLauncher(**fields)
+    launcher = RayLauncher(workers=3, cpus_per_worker=2)
+    with pytest.raises(UserError, match="Ray has 5 CPUs and 0 GPUs, too few for 3 workers with 2 CPUs each"):
+        launcher._size({"CPU": 5.0}, model)
+
+
+@pytest.mark.parametrize(
+    ("device", "resources", "workers", "size"),
+    [
+        ("auto", {"CPU": 16, "GPU": 4}, None, (4, 1)),  # one pipeline for each GPU
+        ("auto", {"CPU": 3, "GPU": 4}, None, (3, 1)),
+        ("cuda", {"CPU": 16, "GPU": 4}, 2, (2, 1)),
+        ("cpu", {"CPU": 16, "GPU": 4}, None, (16, 0)),
+        ("auto", {"CPU": 16}, None, (16, 0)),
+    ],
+)
+def test_how_many_workers_there_are(model, device, resources, workers, size):
+    assert RayLauncher(workers=workers)._size(resources, replace(model, device=device)) == size

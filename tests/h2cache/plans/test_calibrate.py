@@ -1,0 +1,225 @@
+"""Calibration: what it fits, how it searches, that it can be stopped, and that its plan does what it simulated."""
+
+import random
+from itertools import pairwise
+
+import pytest
+import torch
+from loops import attentions
+from plans import PLAN
+from tiny import TEXT_TOKENS
+
+import h2cache
+from h2cache import H2CacheConfig, PlanConfig
+from h2cache.plans import record
+from h2cache.plans.search import Search, spread
+from h2cache.plans.simulate import Simulation
+from h2cache.plans.weights import fit_weights
+
+CALL = dict(height=32, width=64, guidance_scale=3.5, max_sequence_length=TEXT_TOKENS)
+PROMPTS = ["a red sign", "TEA", "a blue label"]
+QUICK = dict(annealing=6, climbing=4, annealing_prompts=2, batch_size=2)
+STEPS = 9
+
+
+def calibrated(pipe, budget=3, **changes):
+    return h2cache.calibrate(pipe, PROMPTS, budget, STEPS, **{**QUICK, **CALL, **changes})
+
+
+def test_the_budget_is_kept_and_the_conditions_are_noted(tiny_pipe):
+    plan = calibrated(tiny_pipe)
+    assert len(plan.computed) == 3 and plan.computed[0] == 0 and plan.history <= 3
+    made_for = plan.made_for
+    assert (made_for.steps, made_for.guidance, made_for.image_tokens) == (STEPS, 3.5, 8)
+    assert made_for.model.startswith("FluxTransformer2DModel") and '"shift": 3.0' in made_for.scheduler
+    assert made_for.sigmas == pytest.approx(tiny_pipe.scheduler.sigmas[:-1].tolist(), rel=1e-3)
+    assert len(calibrated(tiny_pipe, budget=2.4).computed) == 3  # of 9 steps at most 3.75
+
+
+def test_its_plan_is_followed_in_the_pipeline_as_it_was_simulated(tiny_pipe):
+    """The same final latents, and no complaint about the conditions."""
+    plan = calibrated(tiny_pipe)
+    runs = record(tiny_pipe, PROMPTS, STEPS, seed=0, batch_size=3, **CALL)
+    with h2cache.apply(tiny_pipe, PlanConfig(plan)):
+        noise = [torch.Generator().manual_seed(seed) for seed in range(3)]
+        drawn = tiny_pipe(PROMPTS, generator=noise, num_inference_steps=STEPS, output_type="latent", **CALL).images
+    simulated = Simulation(runs, history=3, ridge=1e-4).run(plan.computed).latents
+    torch.testing.assert_close(drawn, simulated, rtol=1e-3, atol=1e-3)
+    assert plan.notes["psnr"] == pytest.approx(runs.decibels(drawn).mean().item(), abs=0.05)
+
+
+def test_the_same_seed_gives_the_same_plan(tiny_pipe):
+    plans = {calibrated(tiny_pipe, seed=seed) for seed in (0, 0, 1)}
+    assert len(plans) == 2
+
+
+def test_a_calibration_that_was_stopped_goes_on(tiny_pipe, tmp_path):
+    expected = calibrated(tiny_pipe)
+    checkpoint = tmp_path / "search.json"
+
+    def stop(done, total, best):
+        if done == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrated(tiny_pipe, checkpoint=checkpoint, on_progress=stop)
+    with attentions(tiny_pipe.transformer) as resumed:
+        assert calibrated(tiny_pipe, checkpoint=checkpoint) == expected
+    with attentions(tiny_pipe.transformer) as anew:
+        calibrated(tiny_pipe)
+    assert len(resumed) < len(anew)
+    with attentions(tiny_pipe.transformer) as other:  # another request does not take these answers for its own
+        calibrated(tiny_pipe, checkpoint=checkpoint, seed=1)
+    assert len(other) >= len(anew) - 5
+
+
+def test_progress_counts_up_and_the_best_never_falls(tiny_pipe):
+    told = []
+    calibrated(tiny_pipe, on_progress=lambda *news: told.append(news))
+    done, totals, best = zip(*told, strict=True)
+    assert done == tuple(range(1, len(told) + 1)) and len(set(totals)) == 1
+    assert totals[0] - QUICK["annealing"] - QUICK["climbing"] <= done[-1] <= totals[0]
+    assert list(best) == sorted(best)
+
+
+def test_the_pipeline_is_left_as_it_was(tiny_pipe):
+    before = dict(vars(tiny_pipe.transformer)), len(tiny_pipe.transformer._forward_hooks)
+    calibrated(tiny_pipe)
+    assert (dict(vars(tiny_pipe.transformer)), len(tiny_pipe.transformer._forward_hooks)) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(budget=0.5), "budget"),
+        (dict(budget=STEPS + 1), "budget"),
+        (dict(history=0), "history"),
+        (dict(annealing=-1), "annealing"),
+        (dict(batch_size=0), "batch_size"),
+        (dict(annealing_prompts=0), "annealing_prompts"),
+        (dict(negative_prompt="grey", true_cfg_scale=2.0), "one a step"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_refused(tiny_pipe, changes, message):
+    with pytest.raises(ValueError, match=message):
+        calibrated(tiny_pipe, **changes)
+
+
+def test_a_pipeline_with_a_cache_or_a_plan_is_refused(tiny_pipe):
+    for config in (H2CacheConfig(), PlanConfig(PLAN)):
+        with h2cache.apply(tiny_pipe, config), pytest.raises(ValueError, match="uncached"):
+            calibrated(tiny_pipe)
+
+
+def test_recording_is_the_pipeline_s_own_run(tiny_pipe):
+    """In batches of two and one; a step of the simulation is a step of the scheduler."""
+    runs = record(tiny_pipe, PROMPTS, STEPS, seed=5, batch_size=2, **CALL)
+    noise = [torch.Generator().manual_seed(5 + i) for i in range(3)]
+    images = tiny_pipe(PROMPTS, generator=noise, num_inference_steps=STEPS, output_type="pt", **CALL).images
+    torch.testing.assert_close(runs.images, images.flatten(1), rtol=1e-3, atol=1e-3)
+    for step in range(STEPS):
+        output = runs.compute(step, runs.latents[step])
+        reached = runs.advance(step, runs.latents[step], output)
+        torch.testing.assert_close(reached, runs.latents[step + 1], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(runs.needed(step, runs.latents[step]), output, rtol=1e-2, atol=1e-2)
+    # From anywhere, the needed output leads back onto the uncached trajectory.
+    astray = runs.latents[4] + 0.3 * runs.latents[0]
+    torch.testing.assert_close(runs.advance(4, astray, runs.needed(4, astray)), runs.latents[5], rtol=1e-3, atol=1e-4)
+    assert torch.equal(runs.first(1).latents[3], runs.latents[3][:1])
+
+
+def test_a_schedule_that_shares_its_beginning_is_run_on_from_there(tiny_pipe):
+    runs = record(tiny_pipe, PROMPTS, STEPS, seed=0, batch_size=3, **CALL)
+    simulation = Simulation(runs, history=3, ridge=1e-4)
+    simulation.run((0, 1, 4, 7))
+    with attentions(tiny_pipe.transformer) as calls:
+        end = simulation.run((0, 1, 4, 8))
+    assert len(calls) == 1  # step 8
+    fresh = Simulation(runs, history=3, ridge=1e-4).run((0, 1, 4, 8))
+    assert torch.equal(end.latents, fresh.latents) and end.weights == fresh.weights
+
+
+def test_computing_everything_is_the_uncached_run(tiny_pipe):
+    runs = record(tiny_pipe, PROMPTS, STEPS, seed=0, batch_size=3, **CALL)
+    end = Simulation(runs, history=3, ridge=1e-4).run(tuple(range(STEPS)))
+    torch.testing.assert_close(end.latents, runs.latents[-1], rtol=1e-3, atol=1e-4)
+
+
+def test_fitted_weights_find_the_combination_and_sum_to_one():
+    noise = torch.Generator().manual_seed(0)
+    history = [torch.randn(2, 9, generator=noise) for _ in range(3)]
+    target = 1.5 * history[0] - 0.75 * history[1] + 0.25 * history[2]
+    assert fit_weights(history, target, ridge=0) == pytest.approx((1.5, -0.75, 0.25), abs=1e-5)
+    assert fit_weights(history[:1], target, ridge=0) == (1.0,)
+    assert sum(fit_weights(history, torch.randn(2, 9, generator=noise), ridge=0.1)) == pytest.approx(1)
+
+
+def test_a_prompt_that_went_astray_does_not_bend_the_weights_of_the_others():
+    """Four prompts that one combination serves but for a little noise, and one that is far off whatever is done."""
+    noise = torch.Generator().manual_seed(0)
+    history = [torch.randn(5, 400, generator=noise) for _ in range(3)]
+    target = 1.5 * history[0] - 0.75 * history[1] + 0.25 * history[2] + 0.01 * torch.randn(5, 400, generator=noise)
+    target[4] = 20 * history[2][4]
+    weights = fit_weights(history, target, ridge=0)
+    assert weights == pytest.approx((1.5, -0.75, 0.25), abs=0.05)
+    changes = torch.stack([(output - history[0]).flatten() for output in history[1:]], dim=1)
+    squares = torch.linalg.lstsq(changes, (target - history[0]).flatten()).solution
+    assert abs(squares[1] - 0.25) > 1
+
+
+def test_the_ridge_keeps_weights_of_like_outputs_small():
+    base, change, little, target = torch.randn(4, 1, 9, generator=torch.Generator().manual_seed(0))
+    history = [base, base + change, base + change + 1e-4 * little]
+    wild, tame = (fit_weights(history, target, ridge) for ridge in (0, 1e-2))
+    assert max(map(abs, tame)) < 10 < max(map(abs, wild))
+    same = [base, base, base]
+    assert sum(fit_weights(same, base + change, ridge=1e-4)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("power", [1.0, 1.4, 2.0])
+@pytest.mark.parametrize(("count", "head"), [(1, 1), (2, 1), (5, 2), (12, 1), (12, 6), (19, 4), (20, 1)])
+def test_smooth_schedules_have_as_many_steps_as_asked_and_reach_the_end(power, count, head):
+    chosen = spread(20, count, head, power)
+    assert chosen[:head] == tuple(range(head)) and len(chosen) == count
+    assert all(a < b for a, b in pairwise(chosen))
+    assert chosen[-1] == {1: 0, 20: 19}.get(count, 18)
+
+
+def test_even_and_dense_schedules():
+    assert spread(20, 4, 1, 1.0) == (0, 6, 12, 18)
+    assert spread(20, 4, 1, 2.0) == (0, 2, 8, 18)
+    assert spread(20, 6, 3, 1.0) == (0, 1, 2, 7, 13, 18)
+
+
+def test_the_search_begins_with_the_best_smooth_schedule():
+    asked = []
+    wanted = spread(20, 6, 3, 1.4)
+    assert Search(20, 6, lambda c: asked.append(c) or distance(wanted)(c), seed=0).start() == wanted
+    assert len(asked) == len(set(asked)) > 5 and not any(c[:4] == (0, 1, 2, 3) for c in asked)
+    assert Search(20, 1, lambda c: 0, seed=0).starts() == [(0,)]
+
+
+def distance(wanted):
+    """A score that is best at `wanted`."""
+    return lambda computed: -sum(abs(a - b) for a, b in zip(computed, wanted, strict=True))
+
+
+def test_climbing_reaches_the_top_where_there_is_one():
+    search = Search(20, 4, distance((0, 2, 9, 17)), seed=0)
+    assert search.climb((0, 5, 10, 15), 1000) == (0, 2, 9, 17)
+    asked = []
+    limited = Search(20, 4, lambda c: asked.append(c) or distance((0, 2, 9, 17))(c), seed=0)
+    limited.climb((0, 5, 10, 15), 3)
+    assert len(asked) == 4  # the start, and three neighbours
+
+
+def test_annealing_leaves_a_valley_and_returns_the_best_it_saw():
+    """A score with a better top beyond a dip that no single step crosses upwards."""
+    tops = distance((0, 3)), distance((0, 15))
+
+    def score(computed):
+        return max(tops[0](computed), 4 + tops[1](computed))
+
+    best = Search(20, 2, score, seed=random.Random(0).randrange(99), hottest=5.0, coldest=0.5).anneal((0, 3), 300)
+    assert best == (0, 15)
+    assert Search(20, 2, score, seed=0).climb((0, 3), 1000) == (0, 3)
