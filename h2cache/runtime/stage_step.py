@@ -164,6 +164,6 @@ class StageStep:
 def share_memory(returned: Streams, given: Streams) -> bool:
     """Whether a stream that left a block lies where it came in: kernels that write in place may count no version.
 
-    Addresses are compared, for a kernel may make a tensor of its own there. They are zero on the meta device.
+    Addresses are compared, for a kernel may make a tensor of its own there. Nothing lies anywhere on the meta device.
     """
-    return any(a.data_ptr() == b.data_ptr() != 0 for a, b in zip(returned, given, strict=False))
+    return any(a.data_ptr() == b.data_ptr() and not a.is_meta for a, b in zip(returned, given, strict=False))

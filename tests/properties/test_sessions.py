@@ -9,7 +9,7 @@ import copy
 import os
 import random
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 
 import pytest
@@ -120,7 +120,7 @@ def test_each_image_of_a_session_equals_itself_made_alone(seed):
     try:
         for (config, first, second), (one, two) in zip(plans, expected, strict=True):
             if handle is not None and type(handle.config) is type(config) and chance.random() < 0.5:
-                handle.update(**{name: getattr(config, name) for name in config.__dataclass_fields__})
+                handle.update(**{field.name: getattr(config, field.name) for field in fields(config)})
             else:
                 if handle is not None and chance.random() < 0.5:
                     handle.remove()

@@ -189,7 +189,7 @@ def test_a_method_with_nothing_to_search(tiny_pipe):
         (dict(over={"tau1": (0.1,)}), ValueError, "tau1, tau2"),
         (dict(over={"oder": (1,)}), ValueError, "oder"),
         (dict(over={"order": (0,)}), ValueError, "order"),
-        (dict(pipe=object()), TypeError, "supports"),
+        (dict(pipe=object()), TypeError, "knows the blocks"),
         (dict(method=H2CacheConfig), TypeError, "config"),
     ],
 )
