@@ -1,24 +1,23 @@
 """Draw an image or a video with a cache: `python run.py prompt="a cat" method.tau1=0.1 seed=3 out=cat.png`.
 
-This file is the command line: Hydra composes configs/, eval/job.py does the work. Whatever the user can put right is
-one sentence on stderr and exit code 2; Ctrl-C is 130. torch is imported only for a command that is well formed.
+This file is the command line: Hydra composes configs/, eval/cli/draw.py does the work. Whatever the user can put right
+is one sentence on stderr and exit code 2; Ctrl-C is 130. torch is imported only for a command that is well formed.
 """
 
 import logging
 import sys
 import tempfile
 import traceback
-from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from eval import commandline
+from eval.cli import arguments as commandline
 from eval.errors import UserError
+from eval.files import CONFIGS
 
-CONFIGS = Path(__file__).resolve().parent / "configs"
 PROGRAM = "run.py"
 PLAIN_TEXT = ("prompt", "out")  # fields whose value is taken as typed
 
@@ -28,7 +27,7 @@ def job(cfg: DictConfig) -> None:
     """One job of a run or multirun. It leaves by SystemExit, since Hydra adds words of its own to an exception."""
     # diffusers imports bitsandbytes where it is installed, which warns of kernels that nobody asked for.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from eval.job import run
+    from eval.cli.draw import run
 
     composed = HydraConfig.get()
     number = composed.job.num if composed.mode == RunMode.MULTIRUN else None

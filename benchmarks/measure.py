@@ -11,8 +11,8 @@ from typing import Any
 from diffusers import FluxPipeline
 
 from eval.errors import UserError
-from eval.generate import Drawing, generate
-from eval.quality import Metrics
+from eval.generation.generate import Drawing, generate
+from eval.metrics.registry import Metrics
 
 from .count import WorkCounter
 from .peers import OURS, Contender, own_copy

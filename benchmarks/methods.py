@@ -21,9 +21,9 @@ from rich.progress import track
 
 import h2cache
 from baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
-from eval.generate import generate
-from eval.metrics import psnr, ssim
-from eval.pipelines import load_pipeline
+from eval.generation.generate import generate
+from eval.metrics.images import psnr, ssim
+from eval.models.pipelines import load_pipeline
 from h2cache import CacheConfig, H2CacheConfig, PlanConfig
 
 from .memory import IMAGE_TOKENS, TEXT_TOKENS, flux1_dev, held_bytes

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import Progress
 
-from eval.pipelines import ModelConfig, load_pipeline
+from eval.models.pipelines import ModelConfig, load_pipeline
 
 from .frontier import around, at_speedup, frontier
 from .frontier_report import SPEEDUPS, Method, draw, gains, methods, table, verdict, write_csv

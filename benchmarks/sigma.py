@@ -22,9 +22,9 @@ from rich.progress import track
 
 import h2cache
 from baselines import HiCacheConfig, TaylorSeerConfig
-from eval.generate import generate
-from eval.metrics import psnr
-from eval.pipelines import load_pipeline
+from eval.generation.generate import generate
+from eval.metrics.images import psnr
+from eval.models.pipelines import load_pipeline
 from h2cache.policy.forecasts import Forecast, Hermite
 
 from .methods import write_between

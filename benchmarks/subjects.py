@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,8 +9,7 @@ from diffusers import FluxTransformer2DModel, HunyuanVideoTransformer3DModel, Wa
 from torch import Tensor, nn
 
 from benchmarks.clock import seconds
-
-ROOT = Path(__file__).resolve().parents[1]
+from eval.files import REPOSITORY
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ def flux_subject(name: str, transformer: FluxTransformer2DModel, side: int, text
 
 
 def flux_mini(repeats: int) -> Subject:
-    transformer = FluxTransformer2DModel.from_pretrained(ROOT / "assets/flux-mini", subfolder="transformer")
+    transformer = FluxTransformer2DModel.from_pretrained(REPOSITORY / "assets/flux-mini", subfolder="transformer")
     return flux_subject("flux-mini, float32", transformer.float().eval(), 8, 40, repeats)
 
 

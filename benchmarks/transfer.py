@@ -21,9 +21,9 @@ from rich.progress import track
 
 import h2cache
 from baselines import HiCacheConfig
-from eval.generate import generate
-from eval.metrics import psnr
-from eval.pipelines import load_pipeline
+from eval.generation.generate import generate
+from eval.metrics.images import psnr
+from eval.models.pipelines import load_pipeline
 from h2cache import CacheConfig, Plan, PlanConfig
 from h2cache.policy.rules import Interval
 

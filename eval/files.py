@@ -8,6 +8,7 @@ from pathlib import Path
 from eval.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+CONFIGS = REPOSITORY / "configs"
 
 
 def find_file(path: str | Path) -> Path | None:

@@ -26,9 +26,9 @@ from rich.console import Console
 import h2cache
 import run
 from baselines import BlockCacheConfig
+from eval.cli.timeline import Timeline
 from eval.files import atomic_files
-from eval.metrics import psnr, ssim
-from eval.timeline import Timeline
+from eval.metrics.images import psnr, ssim
 from h2cache import H2CacheConfig
 
 PROMPT = 'a sign, with "STOP" (it\'s red)'

@@ -18,11 +18,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import h2cache
 from eval.errors import UserError
-from eval.files import atomic_files, check_writable
-from eval.pipelines import ModelConfig, load_pipeline
+from eval.files import REPOSITORY, atomic_files, check_writable
+from eval.models.pipelines import ModelConfig, load_pipeline
 from tools.calibration_prompts import UNTRAINED_PHRASINGS, calibration_prompts
 
-ROOT = Path(__file__).resolve().parents[1]
 SEARCH = ("seed", "history", "ridge", "annealing", "climbing", "annealing_prompts", "batch_size")
 
 
@@ -49,7 +48,7 @@ class Settings:
         return self.folder / f"{self.name}-{budget:g}.json"
 
 
-@hydra.main(version_base="1.3", config_path=str(ROOT / "configs"), config_name="calibrate")
+@hydra.main(version_base="1.3", config_path=str(REPOSITORY / "configs"), config_name="calibrate")
 def main(cfg: DictConfig) -> None:
     try:
         for line in run(_settings(cfg, HydraConfig.get().runtime.choices["model"])):
@@ -69,7 +68,7 @@ def _settings(cfg: DictConfig, name: str) -> Settings:
         budgets=tuple(cfg.budget) if isinstance(cfg.budget, ListConfig) else (cfg.budget,),
         images=cfg.images,
         prompts_file=Path(cfg.prompts_file).expanduser() if cfg.prompts_file else None,
-        folder=Path(cfg.out).expanduser() if cfg.out else ROOT / "assets/plans",
+        folder=Path(cfg.out).expanduser() if cfg.out else REPOSITORY / "assets/plans",
         search={key: cfg[key] for key in SEARCH},
     )
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from eval.files import REPOSITORY
 from tools import coverage_families
 
 BEGIN, END = "<!-- tools.coverage_matrix: begin -->", "<!-- tools.coverage_matrix: end -->"
@@ -28,7 +29,6 @@ COLUMNS = {
     "v1-nunchaku": "nunchaku V1, real",
     "v2-nunchaku": "nunchaku V2, real",
 }
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 class Collector:

@@ -48,14 +48,13 @@ from rich.progress import track
 import h2cache
 from baselines import TeaCacheConfig
 from eval.errors import UserError
-from eval.files import atomic_files, check_writable
-from eval.pipelines import ModelConfig, describe_machine, load_pipeline, takes
+from eval.files import CONFIGS, atomic_files, check_writable
+from eval.models.pipelines import ModelConfig, describe_machine, load_pipeline, takes
 from h2cache.adapters import transformers_of
 from h2cache.policy.pfs import deviation, relative_l1
 from h2cache.runtime.interception import interception_of
 from tools.calibration_prompts import calibration_prompts
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SPEEDUPS = (1.5, 2.0, 3.0)  # how many times fewer steps are computed at the thresholds that are proposed
 DEFAULT_SPEEDUP = 2.0
 THRESHOLDS = tuple(digits * 10.0**power for power in range(-5, 1) for digits in range(10, 100))  # two digits each

@@ -33,6 +33,7 @@ from torch import Tensor
 
 import h2cache
 from baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
+from eval.files import REPOSITORY
 from h2cache import CacheConfig, H2CacheConfig
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests/support"))
@@ -40,7 +41,6 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests/support"))
 from loops import denoise
 from tiny import TEXT_TOKENS, save_tiny_pipeline, tiny_transformer
 
-ROOT = Path(__file__).resolve().parents[1]
 # TaylorSeer and HiCache at stage granularity named their stages after the blocks; the refactoring of the engine gives
 # them the names of H2-Cache's stages. Nothing else about them is to change, so the old name counts as the new one.
 STAGES = {"double": "structure", "single": "detail"}
@@ -88,7 +88,7 @@ def cases() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Names (model/method/setting), and what runs each case."""
     with tempfile.TemporaryDirectory() as folder:
         tiny = load(save_tiny_pipeline(Path(folder)))
-    mini, transformer = load(ROOT / "assets/flux-mini"), tiny_transformer(double=2, single=3)
+    mini, transformer = load(REPOSITORY / "assets/flux-mini"), tiny_transformer(double=2, single=3)
     three = ["a red stop sign", "yellow gate", "12 green doors"]
     signs = [f'a {kind} sign that says "STOP" in bold letters' for kind in ("red round", "blue square", "green round")]
     small = dict(height=64, width=64, num_inference_steps=12, max_sequence_length=TEXT_TOKENS, output_type="latent")
@@ -178,8 +178,8 @@ def main() -> int:
     parser.add_argument("action", choices=("record", "compare"))
     parser.add_argument("file", type=Path)
     arguments = parser.parse_args()
-    if ROOT not in Path(h2cache.__file__).resolve().parents:
-        parser.error(f"{h2cache.__file__} would run, which is not in {ROOT}: start in that folder")
+    if REPOSITORY not in Path(h2cache.__file__).resolve().parents:
+        parser.error(f"{h2cache.__file__} would run, which is not in {REPOSITORY}: start in that folder")
     torch.set_num_threads(1)
     if arguments.action == "compare":
         return 0 if compare(json.loads(arguments.file.read_text(encoding="utf-8"))) else 1

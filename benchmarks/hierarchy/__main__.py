@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from benchmarks.methods import write_between
-from eval.pipelines import load_pipeline
+from eval.models.pipelines import load_pipeline
 from h2cache.plans import record
 from tools.calibration_prompts import scene_prompts
 

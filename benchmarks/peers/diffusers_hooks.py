@@ -13,7 +13,7 @@ import diffusers
 import torch
 from diffusers import FluxPipeline
 
-from eval.generate import generate
+from eval.generation.generate import generate
 
 from .contender import Contender, described
 

@@ -24,7 +24,7 @@ from benchmarks.frontier import Point, advantage, around, at_speedup, frontier, 
 from benchmarks.measure import Bench, Record, Records, Task
 from benchmarks.peers import OURS, Contender, assemble, own_copy
 from eval.errors import UserError
-from eval.generate import generate
+from eval.generation.generate import generate
 from h2cache import H2CacheConfig
 from h2cache.plans.conditions import Conditions
 

@@ -21,8 +21,8 @@ import h2cache
 from baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
 from eval import __main__ as program
 from eval.errors import UserError
-from eval.metrics import psnr
-from eval.study import Study, read_study
+from eval.experiments.study import Study, read_study
+from eval.metrics.images import psnr
 from h2cache import CacheConfig, H2CacheConfig
 
 SHIPPED = sorted(path.stem for path in (REPOSITORY / "configs/experiment").iterdir())
@@ -268,7 +268,7 @@ def test_scores_are_computed_once_whatever_ends_the_run(command, tmp_path, monke
 
 
 def program_metrics() -> dict:
-    from eval.quality import AGAINST_REFERENCE
+    from eval.metrics.registry import AGAINST_REFERENCE
 
     return AGAINST_REFERENCE
 
@@ -283,7 +283,8 @@ def test_a_method_that_fails_is_told_and_missing_and_tried_again(command, tmp_pa
 
     monkeypatch.setattr(h2cache, "apply", failing)
     arguments = ["experiment=qualitative", "experiments.qualitative.metrics=[psnr]", "limit=2"]
-    summary = "experiments.qualitative.outputs=[{_target_: eval.tables.SummaryTable},{_target_: eval.figures.Rows}]"
+    outputs = "{_target_: eval.report.tables.SummaryTable},{_target_: eval.report.figures.Rows}"
+    summary = f"experiments.qualitative.outputs=[{outputs}]"
     code, stdout, stderr = command(*arguments, summary)
     assert code == 1
     assert "failed: TeaCache, 2 images: MemoryError: no room" in stderr
@@ -320,7 +321,7 @@ def test_ctrl_c_is_130(command, monkeypatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("eval.harness.sweep", interrupted)
+    monkeypatch.setattr("eval.experiments.harness.sweep", interrupted)
     code, _, stderr = command(*SMALL)
     assert (code, stderr) == (130, "eval: interrupted; the same command goes on where it was\n")
 
@@ -364,7 +365,7 @@ TABLE = "experiments.table1"
         ([f"{TABLE}.settings.Baseline={{method: h2cache}}"], ["Baseline", "none"]),
         ([f"{TABLE}.settings.H2-Cache=3"], ["H2-Cache", "3", "method"]),
         ([f"+{TABLE}.settings.X={{tau1: 0.1}}"], ["X", "tau1", "method"]),
-        ([f"{TABLE}.outputs=[{{_target_: eval.figures.Nothing}}]"], ["table1", "outputs", "Nothing"]),
+        ([f"{TABLE}.outputs=[{{_target_: eval.report.figures.Nothing}}]"], ["table1", "outputs", "Nothing"]),
         ([f"{TABLE}.outputs=[{{name: x}}]"], ["table1", "outputs", "_target_"]),
         ([f"{TABLE}.title=${{nothing}}"], ["nothing"]),
     ],

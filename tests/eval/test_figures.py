@@ -17,13 +17,13 @@ from PIL import Image
 from repository import REPOSITORY
 
 from eval.errors import UserError
-from eval.figures import Frontier, HeatMap, MetricTrace, Rows, Separation
-from eval.figures.images import difference
-from eval.figures.measures import measure
-from eval.figures.rows import most_different
-from eval.figures.style import LOOKS, looks_of, styled, text_width, wrap
-from eval.results import BASELINE
-from eval.tables import SummaryTable
+from eval.report.figures import Frontier, HeatMap, MetricTrace, Rows, Separation
+from eval.report.figures.images import difference
+from eval.report.figures.measures import measure
+from eval.report.figures.rows import most_different
+from eval.report.figures.style import LOOKS, looks_of, styled, text_width, wrap
+from eval.report.results import BASELINE
+from eval.report.tables import SummaryTable
 
 LONG = (
     "A method of a very long name, with many_fields_in_one_word_that_does_not_break_anywhere = 0.123456789, order = 2"

@@ -17,11 +17,12 @@ from repository import REPOSITORY
 from rich.console import Console
 
 import run
-from eval import doctor, job
+from eval.cli import doctor
+from eval.cli import draw as job
 from eval.errors import UserError
-from eval.generate import generate
-from eval.identity import identity
-from eval.pipelines import DiffusersModelConfig, ModelConfig, load_pipeline, takes
+from eval.generation.generate import generate
+from eval.models.identity import identity
+from eval.models.pipelines import DiffusersModelConfig, ModelConfig, load_pipeline, takes
 from h2cache import H2CacheConfig
 
 # The class that the hub's model_index.json of each model names.
@@ -215,7 +216,7 @@ def test_generate_watches_the_text_encoders_only_while_it_draws(tiny_pipe):
 def test_the_text_ends_with_the_last_text_encoder(tiny_pipe, monkeypatch):
     """Each reading of the clock is the number of calls of text encoders, steps and VAE until then."""
     done = []
-    monkeypatch.setattr("eval.generate._now", lambda device: len(done))
+    monkeypatch.setattr("eval.generation.generate._now", lambda device: len(done))
     parts = (tiny_pipe.text_encoder, tiny_pipe.text_encoder_2, tiny_pipe.transformer, tiny_pipe.vae.decoder)
     counts = [part.register_forward_pre_hook(lambda *_: done.append(1)) for part in parts]
     drawing = generate(tiny_pipe, "a cat", 0, height=32, width=32, num_inference_steps=3, max_sequence_length=24)

@@ -13,11 +13,11 @@ import pytest
 from measured import SIZE, grid, picture, results, row
 from PIL import Image
 
-from eval import page
 from eval.errors import UserError
-from eval.figures import Frontier, HeatMap
-from eval.results import BASELINE, Artifact
-from eval.webtable import read_table
+from eval.report import page
+from eval.report.figures import Frontier, HeatMap
+from eval.report.results import BASELINE, Artifact
+from eval.report.webtable import read_table
 
 HOSTILE = "</script><script>window.pwned = 1</script><img src=x onerror=\"window.pwned = 2\">{{ 7 * 7 }} ${1} 'a' & <b>"
 ENVIRONMENT = {

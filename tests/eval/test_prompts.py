@@ -8,7 +8,7 @@ from hydra.utils import instantiate
 from repository import REPOSITORY
 
 from eval.errors import UserError
-from eval.prompts import HubPrompts, Prompt, PromptFile
+from eval.generation.prompts import HubPrompts, Prompt, PromptFile
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ import pytest
 from diary import CELLS, Diary, timeless
 
 from eval.errors import UserError
-from eval.identity import identity
-from eval.launchers import LocalLauncher, RayLauncher
-from eval.pipelines import ModelConfig
-from eval.prompts import Prompt
-from eval.records import Cell, Store
-from eval.sweep import Report, sweep
+from eval.generation.launchers import LocalLauncher, RayLauncher
+from eval.generation.prompts import Prompt
+from eval.generation.records import Cell, Store
+from eval.generation.sweep import Report, sweep
+from eval.models.identity import identity
+from eval.models.pipelines import ModelConfig
 
 pytest.importorskip("ray", reason="launcher=ray is an optional extra")
 

@@ -16,10 +16,10 @@ from repository import REPOSITORY
 
 from baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
 from eval.errors import UserError
-from eval.identity import content_hash, identity
-from eval.pipelines import ModelConfig
-from eval.prompts import Prompt
-from eval.records import HASHED, Cell, Drawn, Store
+from eval.generation.prompts import Prompt
+from eval.generation.records import HASHED, Cell, Drawn, Store
+from eval.models.identity import content_hash, identity
+from eval.models.pipelines import ModelConfig
 from h2cache import H2CacheConfig, PlanConfig
 
 MODEL = {"weights": "sha256:0", "height": 32}
@@ -89,7 +89,7 @@ def test_another_model_has_other_files(store, tmp_path):
 
 def test_another_format_of_records_is_not_read(store, monkeypatch):
     store.write(CELL, drawn())
-    monkeypatch.setattr("eval.records.FORMAT", 10**6)
+    monkeypatch.setattr("eval.generation.records.FORMAT", 10**6)
     assert store.read(CELL) is None
 
 
@@ -203,7 +203,7 @@ def test_a_failure_is_noted_until_the_image_is_there(store, tmp_path):
 def test_one_run_at_a_time_writes_to_a_folder(store, tmp_path):
     """Another process is refused; when the lock's owner is killed, its half-written files go and others may write."""
     owner = (
-        "import sys, time; from pathlib import Path; from eval.records import Store\n"
+        "import sys, time; from pathlib import Path; from eval.generation.records import Store\n"
         f"with Store(Path({str(tmp_path)!r}), {{}}).locked(): print('locked', flush=True); time.sleep(60)"
     )
     root = REPOSITORY
@@ -253,8 +253,8 @@ def test_a_hub_model_is_known_by_its_name(tmp_path):
 
 def test_of_large_weights_samples_count(tmp_path, monkeypatch):
     """Any change that is spread over them is seen."""
-    monkeypatch.setattr("eval.identity.WHOLE", 1000)
-    monkeypatch.setattr("eval.identity.PIECE", 10)
+    monkeypatch.setattr("eval.models.identity.WHOLE", 1000)
+    monkeypatch.setattr("eval.models.identity.PIECE", 10)
     weights = np.random.default_rng(0).integers(256, size=100_000, dtype=np.uint8)
     hashes = []
     for content in (weights, weights ^ 1, weights):

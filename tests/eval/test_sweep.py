@@ -18,16 +18,16 @@ from PIL import Image
 from rich.console import Console
 
 import h2cache
-from eval import sweep as sweeping
+from eval.cli.progress import watching
 from eval.errors import UserError
-from eval.generate import generate
-from eval.identity import identity
-from eval.launchers import LocalLauncher
-from eval.pipelines import ModelConfig
-from eval.progress import watching
-from eval.prompts import Prompt
-from eval.records import Cell, Store
-from eval.sweep import Failure, Painter, Report, sweep
+from eval.generation import sweep as sweeping
+from eval.generation.generate import generate
+from eval.generation.launchers import LocalLauncher
+from eval.generation.prompts import Prompt
+from eval.generation.records import Cell, Store
+from eval.generation.sweep import Failure, Painter, Report, sweep
+from eval.models.identity import identity
+from eval.models.pipelines import ModelConfig
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from rich.console import Console
 from scipy import stats
 
 from eval.errors import UserError
-from eval.results import BASELINE, Results
-from eval.tables import GridTable, SummaryTable
-from eval.tables.statistics import ratio, summarize
+from eval.report.results import BASELINE, Results
+from eval.report.tables import GridTable, SummaryTable
+from eval.report.tables.statistics import ratio, summarize
 
 METRICS = ("clipiqa", "psnr", "ssim")
 
@@ -311,7 +311,7 @@ def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch):
     def full(self, label):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("eval.tables.sheet.Sheet.to_latex", full)
+    monkeypatch.setattr("eval.report.tables.sheet.Sheet.to_latex", full)
     with pytest.raises(OSError, match="no space"):
         SummaryTable().make(results([row(BASELINE, 0, 9.0)]), tmp_path)
     assert (tmp_path / "summary.md").read_text() == before

@@ -23,11 +23,12 @@ from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 import h2cache
 import run
 from baselines import BlockCacheConfig
-from eval import job, report
-from eval.generate import Drawing
-from eval.metrics import psnr, ssim
-from eval.pipelines import load_pipeline
-from eval.videos import GAP, contact_sheet, shown, write_mp4
+from eval.cli import draw as job
+from eval.cli import terminal as report
+from eval.generation.generate import Drawing
+from eval.generation.videos import GAP, contact_sheet, shown, write_mp4
+from eval.metrics.images import psnr, ssim
+from eval.models.pipelines import load_pipeline
 
 PROMPT = "a red cat"
 SIZE = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 6}

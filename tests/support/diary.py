@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from baselines import TaylorSeerConfig
-from eval.prompts import Prompt
-from eval.records import Cell, Record
-from eval.sweep import Batch
+from eval.generation.prompts import Prompt
+from eval.generation.records import Cell, Record
+from eval.generation.sweep import Batch
 from h2cache import H2CacheConfig
 
 STEPS = 4

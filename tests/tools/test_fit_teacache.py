@@ -17,9 +17,9 @@ from repository import REPOSITORY
 from torch import Tensor
 
 from baselines import TeaCacheConfig
-from eval import commandline
+from eval.cli import arguments as commandline
 from eval.errors import UserError
-from eval.pipelines import ModelConfig
+from eval.models.pipelines import ModelConfig
 from tools import fit_teacache
 from tools.calibration_prompts import UNTRAINED_PHRASINGS, scene_prompts
 from tools.flux_mini.scenes import HELD_OUT_PHRASINGS, HELD_OUT_WORDS, PHRASINGS

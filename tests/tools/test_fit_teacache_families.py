@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import h2cache
 from baselines import TeaCacheConfig
 from eval.errors import UserError
-from eval.pipelines import ModelConfig
+from eval.models.pipelines import ModelConfig
 from h2cache.adapters import transformers_of
 from h2cache.adapters.flux import FluxAdapter
 from h2cache.runtime.interception import interception_of

@@ -1,4 +1,4 @@
-"""The trained reader as the one file that `eval.reader` loads: float16 weights, the shapes of signs, its own error."""
+"""The trained reader as the one file that `eval.metrics.reader` loads: float16 weights, shapes of signs, its error."""
 
 import argparse
 import math
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from eval.files import atomic_files
-from eval.reader import WEIGHTS, Reader, WordReader
+from eval.metrics.reader import WEIGHTS, Reader, WordReader
 
 from .attributes import signs
 from .reader import VALIDATION, held_out_scenes, train

@@ -1,4 +1,4 @@
-"""Trains the reader of words (`eval.reader`) on rendered scenes alone; `export_reader.py` writes what is shipped.
+"""Trains the reader of words (`eval.metrics.reader`) on rendered scenes alone; `export_reader.py` writes what ships.
 
 It is given letters as `attributes.look` sees them, freed from colours and whatever is not their sign. It learns random
 strings only, so that it has no vocabulary into which it could correct a misspelt sign, and never sees an image that a
@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval.reader import BLANK, FRAMES, LETTERS, Reader, read, stack
-from eval.signs import WINDOW
+from eval.metrics.reader import BLANK, FRAMES, LETTERS, Reader, read, stack
+from eval.metrics.signs import WINDOW
 
 from .attributes import letters_of, window_corner
 from .scenes import HELD_OUT_WORDS, Scene, letter_boxes, random_scene

@@ -10,7 +10,7 @@ from tiny import TEXT_TOKENS
 
 import h2cache
 from baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
-from eval.metrics import psnr
+from eval.metrics.images import psnr
 from h2cache import CacheConfig, H2CacheConfig, Psnr, Speedup
 from h2cache.policy.forecasts import Taylor
 from h2cache.policy.rules import Interval

@@ -1,0 +1,1 @@
+"""What users type: run.py, `python -m eval` and the doctor."""

@@ -1,0 +1,88 @@
+"""How far a sweep is: bars in a terminal, and now and then a line where nobody watches one."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from eval.generation.records import Cell
+from eval.generation.sweep import Batch, Watcher
+
+SILENCE = 60.0  # seconds between two lines
+REDRAWS = 4  # of the bars, a second: each takes time from a model on the CPU
+
+
+@contextmanager
+def watching(console: Console, names: dict) -> Iterator[Watcher]:
+    """Who watches, for as long as the block lasts. `names`: what to call the settings, by method configuration."""
+    if not console.is_terminal:
+        yield Lines(console)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, refresh_per_second=REDRAWS) as progress:
+        yield Bars(progress, names)
+
+
+class Bars:
+    """Images of the whole sweep, with the time left; then prompts, settings of this prompt, steps of this image."""
+
+    def __init__(self, progress: Progress, names: dict):
+        self._progress = progress
+        self._names = names
+        self._left: Counter[str] = Counter()
+
+    def has(self, batches: Sequence[Batch]) -> None:
+        self._sizes = {_prompt(batch[0]): len(batch) for batch in batches}
+        self._left = Counter(self._sizes)
+        self._images = self._progress.add_task("images", total=self._left.total())
+        self._prompts = self._progress.add_task("prompts", total=len(batches))
+        self._settings = self._progress.add_task("settings", total=None, visible=False)
+        self._steps = self._progress.add_task("steps", total=None, visible=False)
+
+    def begins(self, cell: Cell) -> None:
+        size, left = self._sizes[_prompt(cell)], self._left[_prompt(cell)]
+        name = self._names.get(cell.method, "")
+        self._progress.update(self._settings, description=name, total=size, completed=size - left, visible=True)
+        self._progress.update(self._steps, total=cell.steps, completed=0, visible=True)
+
+    def steps(self, done: int, total: int) -> None:
+        self._progress.update(self._steps, completed=done)
+
+    def ends(self, cell: Cell, reason: str | None) -> None:
+        self._left[_prompt(cell)] -= 1
+        self._progress.advance(self._images)
+        if not self._left[_prompt(cell)]:
+            self._progress.advance(self._prompts)
+
+
+class Lines:
+    """For a log: a line at the start, and one a minute."""
+
+    def __init__(self, console: Console):
+        self._console = console
+
+    def has(self, batches: Sequence[Batch]) -> None:
+        self._total, self._done = sum(map(len, batches)), 0
+        self._begun = self._said = time.monotonic()
+        self._console.print(f"{self._total} images to draw, {len(batches)} prompts")
+
+    def begins(self, cell: Cell) -> None:
+        pass
+
+    def steps(self, done: int, total: int) -> None:
+        pass
+
+    def ends(self, cell: Cell, reason: str | None) -> None:
+        self._done += 1
+        now = time.monotonic()
+        if now - self._said > SILENCE:
+            self._said = now
+            left = (now - self._begun) / self._done * (self._total - self._done)
+            self._console.print(f"{self._done} of {self._total} images, about {left / 60:.0f} minutes left")
+
+
+def _prompt(cell: Cell) -> tuple[str, int]:
+    return cell.prompt.id, cell.seed

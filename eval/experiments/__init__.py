@@ -1,0 +1,1 @@
+"""From configs/experiment to a folder of results."""

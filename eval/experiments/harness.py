@@ -1,0 +1,191 @@
+"""From a configuration to a folder of results: draw what is missing, measure, make tables, figures and the page."""
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from eval.cli.progress import watching
+from eval.errors import UserError
+from eval.experiments.settings import Experiment, Setting
+from eval.experiments.study import Study, read_study
+from eval.files import atomic_files
+from eval.generation.records import Cell, Record, Store
+from eval.generation.sweep import Report, sweep
+from eval.metrics.registry import Metrics
+from eval.metrics.scores import Scores
+from eval.models.environment import environment
+from eval.models.identity import identity
+from eval.report import page
+from eval.report.results import BASELINE, Artifact, Results
+from eval.report.tables import SummaryTable
+
+PAGE, ENVIRONMENT, MEASUREMENTS = "report.html", "environment.json", "measurements.csv"
+
+
+def run(cfg: DictConfig, model_name: str, method: Callable[[str], DictConfig], command: str) -> int:
+    """Do what Hydra composed; returns the exit code, 1 if some images could not be drawn. Raises UserError."""
+    study = read_study(cfg, model_name, method)
+    messages = Console(stderr=True, highlight=False)
+    store = Store(study.out / "records", identity(study.model))
+    with store.locked():
+        with watching(messages, study.names) as watcher:
+            report = sweep(store, study.all_cells, study.model, study.launcher, watcher)
+        with messages.status("loading the metrics"):
+            metrics = Metrics(study.metrics, study.clipiqa_checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+        with messages.status("measuring the images"):
+            scores = Scores(store.folder / "scores.jsonl", metrics)
+            frames = [measurements(store, report.records, cells, scores) for cells in study.cells]
+    for name, reason in metrics.unavailable.items():
+        messages.print(f"note: {name} is n/a: {reason}", soft_wrap=True)
+    results = [
+        _results(experiment, frame, metrics.unavailable, study.model_name, command)
+        for experiment, frame in zip(study.experiments, frames, strict=True)
+        if len(frame)
+    ]
+    with messages.status("drawing tables and figures"):
+        made = _make(study, results, environment(command) | _facts(study, report))
+    _tell(Console(highlight=False, soft_wrap=True), study, made, report)
+    if report.failures:
+        _complain(messages, study, report)
+    return 1 if report.failures else 0
+
+
+def measurements(
+    store: Store, records: Mapping[str, Record], cells: Sequence[tuple[Setting, Cell]], scores: Scores
+) -> pd.DataFrame:
+    """The frame of `Results`: a row for each of the cells that `records` has, setting by setting.
+
+    A setting without any is a category of the column `setting` all the same, so that tables can say that it failed.
+    """
+    found = [(setting, cell, records.get(store.fingerprint(cell))) for setting, cell in cells]
+    drawn = [(setting, cell, record) for setting, cell, record in found if record]
+    baselines = {cell.prompt.id: record for setting, cell, record in drawn if setting.name == BASELINE}
+    order = list(dict.fromkeys(setting.name for setting, _ in cells))
+    rows = [
+        _row(setting, cell, record) | scores.of(record, baselines.get(cell.prompt.id), cell.prompt)
+        for setting, cell, record in sorted(drawn, key=lambda each: order.index(each[0].name))
+    ]
+    frame = pd.DataFrame(rows)
+    if len(frame) and set(order) - set(frame["setting"]):
+        frame["setting"] = pd.Categorical(frame["setting"], categories=order)
+    return frame
+
+
+def _row(setting: Setting, cell: Cell, record: Record) -> dict[str, Any]:
+    row = {
+        "setting": setting.name,
+        "method": setting.method,
+        "fields": {} if setting.config is None else dataclasses.asdict(setting.config),
+        "prompt_id": cell.prompt.id,
+        "prompt": cell.prompt.text,
+        "word": cell.prompt.word,
+        "seed": cell.seed,
+        "steps": cell.steps,
+        "total_seconds": record.total_seconds,
+    }
+    row |= dataclasses.asdict(record)
+    return row | {"peak_memory_bytes": float(row["peak_memory_bytes"] or "nan")}
+
+
+def _results(
+    experiment: Experiment, frame: pd.DataFrame, unavailable: Mapping[str, str], model_name: str, command: str
+) -> Results:
+    return Results(
+        name=experiment.name,
+        title=experiment.title,
+        description=experiment.description,
+        frame=frame,
+        metrics=experiment.metrics,
+        unavailable={name: reason for name, reason in unavailable.items() if name in experiment.metrics},
+        model=model_name,
+        machine=" and ".join(sorted(set(frame["machine"]))),
+        command=command,
+    )
+
+
+def _make(study: Study, results: Sequence[Results], facts: Mapping[str, Any]) -> list[tuple[Results, list[Artifact]]]:
+    """Write all that is made of the results; returns it."""
+    outputs = {experiment.name: experiment.outputs for experiment in study.experiments}
+    made: list[tuple[Results, list[Artifact]]] = []
+    try:
+        for each in results:
+            folder = study.out / each.name
+            folder.mkdir(exist_ok=True)
+            with atomic_files([folder / MEASUREMENTS]) as (file,):
+                relative = {name: each.frame[name].map(_below(study.out)) for name in ("image", "trace")}
+                each.frame.assign(**relative).to_csv(file, index=False)
+            artifacts = [output.make(each, folder) for output in outputs[each.name]]
+            made.append((each, [artifact for artifact in artifacts if artifact]))
+        with atomic_files([study.out / ENVIRONMENT]) as (file,):
+            file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        if made:
+            page.write(made, facts, study.out / PAGE)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {study.out} ({error.strerror}): put that right and run the same command again; all "
+            "images are kept"
+        ) from error
+    return made
+
+
+def _below(folder: Path) -> Callable[[Path | None], str | None]:
+    return lambda path: path and path.relative_to(folder).as_posix()
+
+
+def _facts(study: Study, report: Report) -> dict[str, Any]:
+    """What environment.json says besides of this run and of where its images were drawn."""
+    records = report.records.values()
+    facts = {
+        "model": study.model_name,
+        "model_fields": dataclasses.asdict(study.model),
+        "machine": " and ".join(sorted({record.machine for record in records})),
+        "drawn_with": " and ".join(sorted({record.versions for record in records})),
+        "images": len(records),
+        "failed": len(report.failures),
+    }
+    if report.drawn:
+        facts["harness_overhead"] = round(report.overhead_seconds / report.drawing_seconds, 5)
+    return facts
+
+
+def _tell(console: Console, study: Study, made: Sequence[tuple[Results, Sequence[Artifact]]], report: Report) -> None:
+    """Where everything is."""
+    outputs = {experiment.name: experiment.outputs for experiment in study.experiments}
+    for results, artifacts in made:
+        for output in outputs[results.name]:
+            if isinstance(output, SummaryTable):
+                _show(console, output.terminal(results))
+        for artifact in artifacts:
+            console.print(f"{results.name}: {artifact.title}: {', '.join(map(str, artifact.files))}", markup=False)
+    now = f", {report.drawn} of them drawn now" if report.drawn else ""
+    console.print(f"{len(report.records)} images{now}; tables, figures and images: {study.out / PAGE}", markup=False)
+
+
+def _show(console: Console, table: Table) -> None:
+    """Print a table where it fits."""
+    anything = console.options.update(width=10_000)
+    if console.measure(table, options=anything).maximum <= console.width:
+        console.print(table)
+
+
+def _complain(messages: Console, study: Study, report: Report) -> None:
+    """What could not be drawn, one line a setting and reason, and what to do about it."""
+    names = study.names
+    reasons = Counter((names[cell.method], failure.reason) for cell, failure in report.failures.values())
+    for (name, reason), count in reasons.items():
+        messages.print(f"failed: {name}, {count} images: {reason}", markup=False, soft_wrap=True)
+    messages.print(
+        f"{len(report.failures)} images are missing from the tables (details: {study.out}/records/*.failed.json); the "
+        "same command tries them again",
+        markup=False,
+        soft_wrap=True,
+    )

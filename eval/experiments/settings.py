@@ -1,0 +1,200 @@
+"""What `configs/experiment/*.yaml` say, checked: which settings on which prompts, measured how, and shown as what."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from eval.errors import UserError, check_count
+from eval.generation.prompts import Prompt, PromptSet
+from eval.generation.records import Cell
+from eval.report.results import BASELINE, Output
+from h2cache import CacheConfig
+
+FIXED_SEED = 0  # the paper's, for every prompt
+SEEDS = ("fixed", "per_prompt")
+OF_THE_PROTOCOL = ("seeds", "steps", "metrics")  # what an experiment need not say itself
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A row of a table: a method with its fields, or the baseline (`config` is None)."""
+
+    name: str
+    method: str
+    config: CacheConfig | None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """`settings` on the first `limit` prompts (None: all), `steps` denoising steps each (None: as many as the model).
+
+    `seeds`: "fixed" (0 for every prompt) or "per_prompt" (0, 1, ... in the order of the set).
+    """
+
+    name: str
+    title: str
+    description: str
+    prompts: PromptSet
+    limit: int | None
+    seeds: str
+    steps: int | None
+    metrics: tuple[str, ...]
+    settings: tuple[Setting, ...]
+    outputs: tuple[Output, ...]
+
+    def __post_init__(self) -> None:
+        if self.seeds not in SEEDS:
+            raise UserError(f"{self.name}: seeds={self.seeds!r} is not allowed: it must be {' or '.join(SEEDS)}")
+        for field in ("limit", "steps"):
+            check_count(f"{self.name}: {field}", getattr(self, field), optional=True)
+        if not self.settings:
+            raise UserError(
+                f"{self.name}: there are no settings; name at least one, such as Baseline: {{method: none}}"
+            )
+
+    def cells(self, prompts: Sequence[Prompt], limit: int | None, steps: int) -> Iterator[tuple[Setting, Cell]]:
+        """What is drawn, prompt by prompt, on `limit` prompts at most; `steps` where the experiment says nothing."""
+        for index, prompt in enumerate(prompts[:limit][: self.limit]):
+            seed = FIXED_SEED if self.seeds == "fixed" else index
+            for setting in self.settings:
+                yield setting, Cell(prompt, seed, self.steps or steps, setting.config)
+
+
+def read_experiments(cfg: DictConfig, method: Callable[[str], DictConfig]) -> tuple[Experiment, ...]:
+    """The experiments of a composed configs/eval.yaml; `method` gives the configuration of a `configs/method` option.
+
+    What an experiment leaves out is the protocol's: prompts, seeds, steps, metrics. UserError says what is wrong.
+    """
+    chosen = cfg.get("experiments")
+    if not chosen:
+        raise UserError("there is no experiment to do: choose some with experiment=[table1,pareto]")
+    try:
+        shared = {"description": "", "limit": None, "outputs": []}
+        shared |= {field: cfg.protocol[field] for field in OF_THE_PROTOCOL}
+        shared["prompts"] = _plain(cfg.get("prompts") or cfg.protocol.prompts)
+        written = {name: _plain(each) for name, each in chosen.items()}
+    except OmegaConfBaseException as error:
+        raise UserError(why_unresolved(error)) from error
+    return tuple(_experiment(name, shared, fields, method) for name, fields in written.items())
+
+
+def why_unresolved(error: OmegaConfBaseException) -> str:
+    """What a configuration lacks, in a sentence."""
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} must be given: {error.full_key}=VALUE"
+    return str(error).split("\n")[0]
+
+
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+
+
+def _experiment(
+    name: str, shared: Mapping[str, Any], written: Mapping[str, Any], method: Callable[[str], DictConfig]
+) -> Experiment:
+    fields = dict(shared) | dict(written)
+    required = set(Experiment.__dataclass_fields__) - {"name"}
+    if set(fields) != required:
+        wrong = ", ".join(sorted(set(fields) ^ required))
+        raise UserError(f"{name}: unknown or missing: {wrong}; the fields are {', '.join(sorted(required))}")
+    settings = [
+        setting
+        for family, entry in (fields["settings"] or {}).items()
+        for setting in _settings(f"{name}, setting {family}", family, entry, method)
+    ]
+    return Experiment(
+        name=name,
+        title=str(fields["title"]),
+        description=" ".join(str(fields["description"]).split()),
+        prompts=_made(f"{name}: prompts", fields["prompts"]),
+        limit=fields["limit"],
+        seeds=fields["seeds"],
+        steps=fields["steps"],
+        metrics=tuple(dict.fromkeys(fields["metrics"] or ())),
+        settings=tuple(settings),
+        outputs=tuple(_made(f"{name}: outputs", output) for output in fields["outputs"] or ()),
+    )
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """One point that an entry's axes span: the fields as written, and the configuration that they make."""
+
+    fields: Mapping[str, Any]
+    config: CacheConfig | None
+
+    def name(self, family: str, differing: Sequence[str]) -> str:
+        return ", ".join([family, *(f"{f} = {_text(self.fields[f])}" for f in differing if f in self.fields)])
+
+
+def _settings(place: str, family: str, entry: Any, method: Callable[[str], DictConfig]) -> list[Setting]:
+    """The settings of one entry: a method with fields, or a list of such; a field's list is an axis. None: no setting,
+    for a method that a model cannot have."""
+    if entry is None:
+        return []
+    variants: list[_Variant] = []
+    for each in entry if isinstance(entry, list) else [entry]:
+        if not isinstance(each, Mapping) or "method" not in each:
+            raise UserError(f"{place}: {each!r} is not allowed: write a method with its fields, as {{method: h2cache}}")
+        fields = {field: value for field, value in each.items() if field != "method"}
+        variants += _variants(place, method(str(each["method"])), fields)
+    if {variant.config is None for variant in variants} != {family == BASELINE}:
+        raise UserError(f"{place}: {BASELINE} is the name of method none, and of no other")
+    names = [variant.name(family, _differing(variants)) for variant in variants]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{place}: {name} is there more than once")
+    return [Setting(name, family, variant.config) for name, variant in zip(names, variants, strict=True)]
+
+
+def _variants(place: str, base: DictConfig, fields: Mapping[str, Any]) -> list[_Variant]:
+    defaults = OmegaConf.to_container(base, resolve=True)
+    known = [field for field in defaults if field != "_target_"]
+    for field in fields:
+        if field not in known:
+            raise UserError(f"{place}: there is no field {field}; choose from {', '.join(known) or 'none'}")
+    axes = [_axis(place, field, value, defaults[field]) for field, value in fields.items()]
+    points = [dict(zip(fields, point, strict=True)) for point in product(*axes)]
+    return [_Variant(point, _made(place, defaults | point)) for point in points]
+
+
+def _differing(variants: Sequence[_Variant]) -> list[str]:
+    """The fields that tell the variants apart."""
+    written = dict.fromkeys(field for variant in variants for field in variant.fields)
+    return [field for field in written if len({repr(variant.fields.get(field)) for variant in variants}) > 1]
+
+
+def _axis(place: str, field: str, value: Any, default: Any) -> list[Any]:
+    """The values that a field takes. Where a field is a list itself, a list of lists is the axis."""
+    is_axis = isinstance(value, list) and (not isinstance(default, list) or all(isinstance(v, list) for v in value))
+    if is_axis and not value:
+        raise UserError(f"{place}: {field} is an empty list; give at least one value")
+    return value if is_axis else [value]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, str) and value.endswith(".json"):
+        return Path(value).stem
+    return "none" if value is None else str(value)
+
+
+def _made(place: str, config: Any) -> Any:
+    """The object that a configuration with a `_target_` describes."""
+    if not isinstance(config, Mapping) or "_target_" not in config:
+        raise UserError(f"{place}: {config!r} is not allowed: it must be a mapping with a _target_")
+    try:
+        return instantiate(dict(config), _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        raise UserError(f"{place}: {str(cause).split(chr(10))[0]}") from error

@@ -1,0 +1,87 @@
+"""What a run is to do: the fields of configs/eval.yaml, checked before the model is loaded."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from eval.errors import UserError, check_count
+from eval.experiments.settings import Experiment, Setting, read_experiments, why_unresolved
+from eval.generation.prompts import Prompt
+from eval.generation.records import Cell
+from eval.generation.sweep import Launcher
+from eval.metrics import registry as quality
+from eval.models.pipelines import ModelConfig
+from h2cache import CacheConfig
+
+FIELDS = "model protocol prompts experiments launcher limit out clipiqa_checkpoint".split()
+
+
+@dataclass(frozen=True)
+class Study:
+    """`cells` are what each of `experiments` draws, prompt by prompt, with the setting that each cell stands for."""
+
+    model: ModelConfig
+    model_name: str
+    launcher: Launcher
+    experiments: tuple[Experiment, ...]
+    cells: tuple[tuple[tuple[Setting, Cell], ...], ...]
+    out: Path
+    clipiqa_checkpoint: Path | None
+
+    @property
+    def metrics(self) -> list[str]:
+        """Those of all experiments, each once."""
+        return list(dict.fromkeys(name for experiment in self.experiments for name in experiment.metrics))
+
+    @property
+    def all_cells(self) -> list[Cell]:
+        """Prompt by prompt, with the settings of all experiments that draw it."""
+        prompts: dict[tuple[Prompt, int], dict[Cell, None]] = {}
+        for of_one in self.cells:
+            for _, cell in of_one:
+                prompts.setdefault((cell.prompt, cell.seed), {})[cell] = None
+        return [cell for cells in prompts.values() for cell in cells]
+
+    @property
+    def names(self) -> dict[CacheConfig | None, str]:
+        """What to call a method with its fields."""
+        return {setting.config: setting.name for of_one in self.cells for setting, _ in of_one}
+
+
+def read_study(cfg: DictConfig, model_name: str, method: Callable[[str], DictConfig]) -> Study:
+    """`method` gives the configuration of an option of configs/method. UserError for whatever is wrong."""
+    if unknown := [str(field) for field in cfg if field not in FIELDS]:
+        raise UserError(f"there is no field {unknown[0]}; choose from {', '.join(FIELDS)}")
+    check_count("limit", cfg.limit, optional=True)
+    try:
+        OmegaConf.resolve(cfg)
+    except OmegaConfBaseException as error:
+        raise UserError(why_unresolved(error)) from error
+    model, launcher = _made(cfg, "model"), _made(cfg, "launcher")
+    if model.makes_videos:
+        raise UserError(f"model={model_name} makes videos, and the experiments measure images: use run.py compare=true")
+    experiments = read_experiments(cfg, method)
+    prompts = {each: each.load() for each in dict.fromkeys(experiment.prompts for experiment in experiments)}
+    cells = [
+        tuple(experiment.cells(prompts[experiment.prompts], cfg.limit, model.num_inference_steps))
+        for experiment in experiments
+    ]
+    checkpoint = Path(str(cfg.clipiqa_checkpoint)).expanduser() if cfg.clipiqa_checkpoint else None
+    if checkpoint and not checkpoint.is_file():
+        raise UserError(f"clipiqa_checkpoint={checkpoint}: there is no such file; give OpenAI's CLIP RN50.pt, or null")
+    study = Study(model, model_name, launcher, experiments, tuple(cells), Path(str(cfg.out)).expanduser(), checkpoint)
+    for name in study.metrics:
+        quality.kind(name)  # UserError for a name that is no metric
+    return study
+
+
+def _made(cfg: DictConfig, group: str) -> object:
+    try:
+        return instantiate(cfg[group], _convert_="all")
+    except InstantiationException as error:
+        raise UserError(f"{group}: {str(error.__cause__ or error).splitlines()[0]}") from error

@@ -1,0 +1,1 @@
+"""From prompts to images and videos on disk, each drawn once."""

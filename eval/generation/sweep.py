@@ -1,0 +1,188 @@
+"""Draws what is not drawn yet: prompt by prompt, the settings in turns, so that all of them see the same machine."""
+
+import gc
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Protocol
+
+import torch
+
+import h2cache
+from eval.errors import UserError
+from eval.generation.generate import generate
+from eval.generation.records import Cell, Drawn, Record, Store
+from eval.models.environment import machine_name
+from eval.models.pipelines import ModelConfig, load_pipeline
+from h2cache import CacheConfig, PlanConfig
+
+WARM_UP_STEPS = 8  # allocations, kernel choices; with a cache also the steps that are skipped first
+
+Batch = tuple[Cell, ...]  # of one prompt: what is drawn in one go
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a cell could not be drawn."""
+
+    reason: str
+    details: str
+
+
+@dataclass
+class Report:
+    """What a sweep did: records and failures by fingerprint.
+
+    `overhead_seconds` is what the `drawn` images took besides the `drawing_seconds` that their records sum up to:
+    putting the cache on, reading its trace, writing, telling the watcher. Loading and warm-up are neither.
+    """
+
+    records: dict[str, Record] = field(default_factory=dict)
+    failures: dict[str, tuple[Cell, Failure]] = field(default_factory=dict)
+    drawn: int = 0
+    drawing_seconds: float = 0.0
+    overhead_seconds: float = 0.0
+
+
+class Watcher(Protocol):
+    """Who is told how a sweep gets on; eval/cli/progress.py."""
+
+    def has(self, batches: Sequence[Batch]) -> None:
+        """That these are to be drawn."""
+
+    def begins(self, cell: Cell) -> None:
+        """That the launcher draws this cell now; never called where several are drawn at a time."""
+
+    def steps(self, done: int, total: int) -> None:
+        """How many denoising steps of the cell are done."""
+
+    def ends(self, cell: Cell, reason: str | None) -> None:
+        """That a cell is drawn and kept, or why it is not."""
+
+
+class Launcher(Protocol):
+    """Where the work is done; eval/generation/launchers.py."""
+
+    def draw(
+        self, model: ModelConfig, batches: Sequence[Batch], watcher: Watcher, on_machine: Callable[[str], None]
+    ) -> Iterator[tuple[Cell, Drawn | Failure]]:
+        """Draw every cell of every batch, in whatever order, and hand out each when it is there.
+
+        `on_machine` is called with the name of a machine before the first drawing there, and may raise.
+        """
+
+
+class Painter:
+    """A loaded pipeline that draws cells. UserError if it cannot be had."""
+
+    def __init__(self, model: ModelConfig):
+        self._model = model
+        try:
+            self._pipe = load_pipeline(model)
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"the model does not fit into the GPU's memory: {model.memory_advice}") from error
+        self._device = self._pipe._execution_device
+        self.machine = machine_name(model)
+        self._versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers"))
+        self._warm: set[CacheConfig | None] = set()
+
+    def draw(self, cell: Cell, on_step: Callable[[int, int], None] = lambda done, total: None) -> Drawn | Failure:
+        """The cell's image and measurements, after untimed steps if its method is new here; or why there is none."""
+        try:
+            if cell.method not in self._warm:
+                # A plan is for its number of steps.
+                steps = cell.steps if isinstance(cell.method, PlanConfig) else min(cell.steps, WARM_UP_STEPS)
+                self._generate(cell, steps, lambda done, total: None)
+                self._warm.add(cell.method)
+            return self._generate(cell, cell.steps, on_step)
+        except Exception as error:  # whatever a method or a device can raise: the other cells go on
+            reason, details = f"{type(error).__name__}: {error}".strip(), traceback.format_exc()
+        gc.collect()  # an out-of-memory's frames hold what filled the memory
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return Failure(" ".join(reason.split()), details)
+
+    def _generate(self, cell: Cell, steps: int, on_step: Callable[[int, int], None]) -> Drawn:
+        start = time.perf_counter()
+        arguments = self._model.call_arguments | {"num_inference_steps": steps}
+        on_gpu = self._device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self._device)
+        with h2cache.apply(self._pipe, cell.method) if cell.method else nullcontext() as handle:
+            begun = time.perf_counter()
+            drawing = generate(self._pipe, cell.prompt.text, cell.seed, on_step, **arguments)
+            generating = time.perf_counter() - begun
+        return Drawn(
+            image=drawing.image,
+            text_seconds=drawing.text_seconds,
+            denoising_seconds=drawing.denoising_seconds,
+            vae_seconds=drawing.vae_seconds,
+            peak_memory_bytes=torch.cuda.max_memory_allocated(self._device) if on_gpu else None,
+            trace=handle and handle.trace.to_pandas(),
+            computed_fraction=handle.summary()["computed_fraction"] if handle else 1.0,
+            machine=self.machine,
+            versions=self._versions,
+            overhead_seconds=time.perf_counter() - start - generating,
+        )
+
+
+def sweep(store: Store, cells: Sequence[Cell], model: ModelConfig, launcher: Launcher, watcher: Watcher) -> Report:
+    """Draw those of `cells` that `store`, which is locked, does not have.
+
+    A cell that fails is noted, and the others go on. UserError for what concerns them all: no model, no room, or times
+    of another machine among the records.
+    """
+    report = Report()
+    missing: dict[str, Cell] = {}
+    for cell in cells:
+        name = store.fingerprint(cell)
+        if name not in report.records and name not in missing:
+            record = store.read(cell)
+            if record:
+                report.records[name] = record
+            else:
+                missing[name] = cell
+    if not missing:
+        return report
+    batches = _batches(missing.values())
+    watcher.has(batches)
+    for cell, outcome in launcher.draw(model, batches, watcher, _same_machine(store, report.records)):
+        start = time.perf_counter()
+        name = store.fingerprint(cell)
+        if isinstance(outcome, Failure):
+            report.failures[name] = cell, outcome
+            store.write_failure(cell, outcome.details)
+            watcher.ends(cell, outcome.reason)
+            continue
+        report.records[name] = record = store.write(cell, outcome)
+        report.drawn += 1
+        watcher.ends(cell, None)
+        report.drawing_seconds += record.total_seconds
+        report.overhead_seconds += outcome.overhead_seconds + time.perf_counter() - start
+    return report
+
+
+def _batches(cells: Iterable[Cell]) -> list[Batch]:
+    """Those of one prompt together, in the order given."""
+    prompts: dict[tuple[str, int], list[Cell]] = {}
+    for cell in cells:
+        prompts.setdefault((cell.prompt.id, cell.seed), []).append(cell)
+    return [tuple(batch) for batch in prompts.values()]
+
+
+def _same_machine(store: Store, records: Mapping[str, Record]) -> Callable[[str], None]:
+    """What refuses a machine other than that of the records and of those it was called with before."""
+    known = {record.machine for record in records.values()}
+
+    def check(machine: str) -> None:
+        if known - {machine}:
+            raise UserError(
+                f"{store.folder} holds images drawn on {' and '.join(sorted(known))}, and this is {machine}: times of "
+                "different machines are not comparable; go on there, or choose another out="
+            )
+        known.add(machine)
+
+    return check

@@ -1,0 +1,1 @@
+"""What is measured of images: by name, each score computed once."""

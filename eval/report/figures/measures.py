@@ -1,0 +1,135 @@
+"""What figures put on their axes: numbers per image, their label, and what a setting's images add up to.
+
+The summaries are those of the tables (`eval.report.tables.statistics`), so that both show the same numbers.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from eval.errors import UserError
+from eval.metrics.registry import WORD_ACCURACY, kind
+from eval.report.results import Results
+from eval.report.tables.statistics import ratio, summarize
+
+# To the time that is compared; the names are those of GridTable.
+SPEEDUPS = {"speedup": "total_seconds", "denoising_speedup": "denoising_seconds"}
+HIT_RATE = "hit_rate."  # hit_rate.structure: the fraction of hits (forced ones included) of that stage
+LABELS = {
+    "speedup": "end-to-end speedup",
+    "denoising_speedup": "denoising speedup",
+    "computed_fraction": "blocks computed",
+    "total_seconds": "time, s",
+    "text_seconds": "text encoding, s",
+    "denoising_seconds": "denoising, s",
+    "vae_seconds": "VAE, s",
+    "peak_memory_bytes": "peak memory, GB",
+}
+FORMS = {"psnr": ".1f", "computed_fraction": "%", WORD_ACCURACY: "%"}
+FIELD_LABELS = {"tau1": "τ₁", "tau2": "τ₂", "sigma": "σ"}
+KEY = ["prompt_id", "seed"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A summary over images, with its 95 % confidence interval (NaN where it is unknown)."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def has_interval(self) -> bool:
+        return math.isfinite(self.low) and math.isfinite(self.high)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """`values`: one number for each row of the frame, NaN where there is none. `of`: some rows of it to their summary.
+
+    A mean is over finite values, and infinite only where all are: an infinite PSNR is an image identical to the
+    baseline's.
+    """
+
+    name: str
+    label: str
+    values: pd.Series
+    of: Callable[[pd.DataFrame], Measured]
+    form: str  # a format specification, or "%" for whole percents
+    more_is_better: bool
+
+    @property
+    def measured(self) -> bool:
+        return bool(self.values.notna().any())
+
+    def format(self, value: float) -> str:
+        if math.isnan(value):
+            return "n/a"
+        if math.isinf(value):
+            return "∞"
+        return f"{100 * value:.0f} %" if self.form == "%" else f"{value:{self.form}}"
+
+
+def measure(results: Results, name: str) -> Measure:
+    """The measure called `name`: a metric, a column of LABELS, one of SPEEDUPS, or `hit_rate.STAGE`.
+
+    A speedup is the ratio of mean times over the prompts that both setting and baseline have; all else is averaged.
+    UserError if the experiment has none of that name.
+    """
+    frame = results.frame
+    if name in results.metrics:
+        about = kind(name)
+        values = frame[name].astype(float) if name in frame else pd.Series(math.nan, frame.index)
+        return Measure(name, about.label, values, _mean(values), FORMS.get(name, ".3f"), not about.lower_is_better)
+    if name in SPEEDUPS:
+        column = SPEEDUPS[name]
+        baseline = frame["prompt_id"].map(results.baseline[column].to_dict()).astype(float)
+        values = baseline / frame[column].astype(float)
+        return Measure(name, LABELS[name], values, _speedup(results, column), ".2f", True)
+    if name.startswith(HIT_RATE):
+        stage = name.removeprefix(HIT_RATE)
+        rates = pd.Series([rates.get(stage, math.nan) for rates in frame["hit_rates"]], frame.index, dtype=float)
+        return Measure(name, f"hit rate of {stage}", rates, _mean(rates), "%", True)
+    if name not in LABELS or name not in frame:
+        known = ", ".join((*results.metrics, *LABELS, f"{HIT_RATE}STAGE"))
+        raise UserError(f"{results.name} has no measure {name!r} to draw; it has {known}")
+    values = frame[name].astype(float) / (1e9 if name.endswith("_bytes") else 1)
+    return Measure(name, LABELS[name], values, _mean(values), FORMS.get(name, ".2f"), False)
+
+
+def _mean(values: pd.Series) -> Callable[[pd.DataFrame], Measured]:
+    def of(rows: pd.DataFrame) -> Measured:
+        summary = summarize(values[rows.index])
+        all_infinite = summary.infinite > 0 and summary.n == 0
+        return Measured(math.inf if all_infinite else summary.mean, summary.low, summary.high)
+
+    return of
+
+
+def _speedup(results: Results, column: str) -> Callable[[pd.DataFrame], Measured]:
+    baseline = results.baseline.reset_index().set_index(KEY)[column]
+
+    def of(rows: pd.DataFrame) -> Measured:
+        times = ratio(rows.set_index(KEY)[column], baseline)
+        return Measured(1 / times.value, 1 / times.high, 1 / times.low)
+
+    return of
+
+
+def measures_of(results: Results, names: Sequence[str]) -> list[Measure]:
+    """Those of the measures that something was measured of."""
+    return [each for name in names if (each := measure(results, name)).measured]
+
+
+def described(measures: Sequence[Measure], row: pd.Series) -> str:
+    """The measures of one image that it has, as words: 'PSNR 30.1 dB, SSIM 0.982'."""
+    values = [(each, float(each.values[row.name])) for each in measures]
+    return ", ".join(_worded(each.label, each.format(value)) for each, value in values if not math.isnan(value))
+
+
+def _worded(label: str, value: str) -> str:
+    """'PSNR 30.1 dB' of 'PSNR, dB' and '30.1'."""
+    name, _, unit = label.partition(", ")
+    return f"{name} {value} {unit}".strip()

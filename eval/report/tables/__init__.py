@@ -1,0 +1,6 @@
+"""Tables of an experiment: Markdown, LaTeX, CSV and the terminal; configs/experiment/*.yaml list them as outputs."""
+
+from eval.report.tables.grid import GridTable
+from eval.report.tables.summary import SummaryTable
+
+__all__ = ["GridTable", "SummaryTable"]

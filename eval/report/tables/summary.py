@@ -1,0 +1,147 @@
+"""One row a setting, in the form of the paper's table."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from rich.table import Table
+
+from eval.errors import UserError
+from eval.report.results import BASELINE, Artifact, Results
+from eval.report.tables.quantities import (
+    ABSENT,
+    COMPUTED,
+    DENOISING,
+    FAILED,
+    MEANINGLESS,
+    MEMORY,
+    TIMES,
+    TOTAL,
+    Measured,
+    Quantity,
+    hit_rates,
+    metric,
+    numbers,
+)
+from eval.report.tables.sheet import Sheet
+
+
+@dataclass(frozen=True)
+class SummaryTable:
+    """Time `55.72 (1.00x)`, metrics such as `0.7688 (-0.07 %)`, what was computed, and memory where it was measured.
+
+    time: "end_to_end", with text encoding and VAE as in the paper's table, or "denoising"; the CSV has both.
+    metrics: which of the experiment's to show, in this order; None for all. The CSV has all.
+    Nothing is set in bold: the fastest setting is hardly ever the most faithful one, and a column's best says nothing.
+    """
+
+    name: str = "summary"
+    title: str | None = None
+    time: str = "end_to_end"
+    metrics: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.time not in TIMES:
+            raise UserError(f"SummaryTable: time={self.time!r} is not allowed; choose {' or '.join(TIMES)}")
+        if self.metrics is not None:
+            object.__setattr__(self, "metrics", tuple(self.metrics))
+
+    def make(self, results: Results, folder: Path) -> Artifact | None:
+        """`name`.md, .csv and .tex; None if no image was made."""
+        measured = Measured.of(results)
+        if all(measured.failed(setting) for setting in measured):
+            return None
+        sheet = self._sheet(results, measured, self._columns(results), hit_rates(measured))
+        return sheet.write(_data(results, measured), folder, self.name, results.name)
+
+    def terminal(self, results: Results) -> Table:
+        """The same rows for the end of a run, without hit rates and what nothing is known of: terminals are narrow."""
+        measured = Measured.of(results)
+        columns = self._columns(results)
+        known = [
+            q
+            for q in columns
+            if any(measured.cell(setting, q).whole_text not in (ABSENT, MEANINGLESS) for setting in measured)
+        ]
+        return self._sheet(results, measured, known, ()).to_rich()
+
+    def _sheet(
+        self, results: Results, measured: Measured, columns: Sequence[Quantity], stages: Sequence[Quantity]
+    ) -> Sheet:
+        header = ["setting", *(quantity.label for quantity in columns), *(["hits"] if stages else [])]
+        rows = []
+        for setting in measured:
+            cells = [measured.cell(setting, quantity).whole_text for quantity in columns]
+            if stages:
+                cells.append(_hits(measured, setting, stages))
+            rows.append((setting, *cells))
+        return Sheet(self.title or results.title, tuple(header), tuple(rows), tuple(self._notes(results, measured)))
+
+    def _columns(self, results: Results) -> list[Quantity]:
+        shown = results.metrics if self.metrics is None else self.metrics
+        for name in shown:
+            if name not in results.metrics:
+                raise UserError(
+                    f"SummaryTable: metric {name!r} is not measured by experiment {results.name}; "
+                    f"add it to the experiment's metrics ({', '.join(results.metrics)}) or leave it out"
+                )
+        memory = [MEMORY] if results.frame["peak_memory_bytes"].notna().any() else []
+        return [TIMES[self.time], *map(metric, shown), COMPUTED, *memory]
+
+    def _notes(self, results: Results, measured: Measured) -> list[str]:
+        what = "with text encoding and VAE" if self.time == "end_to_end" else "of denoising alone"
+        notes = [f"{means_over(results, measured)}; time is {what}."]
+        if BASELINE in measured.groups:
+            notes.append("In brackets: against the baseline, over the same prompts.")
+        shown = results.metrics if self.metrics is None else self.metrics
+        return notes + _reasons(results, shown) + notes_on_failures(measured, measured)
+
+
+def means_over(results: Results, measured: Measured) -> str:
+    """What all numbers of a table are."""
+    prompts = f"{measured.prompts} prompt{'s' if measured.prompts != 1 else ''}"
+    return f"Means over {prompts} on {results.model}, {results.machine}"
+
+
+def _reasons(results: Results, shown: Iterable[str]) -> list[str]:
+    """Why some metrics are n/a, each reason once."""
+    lacking: dict[str, list[str]] = {}
+    for name in shown:
+        if name in results.unavailable:
+            lacking.setdefault(results.unavailable[name], []).append(metric(name).label)
+    return [f"n/a: {', '.join(labels)} ({reason})." for reason, labels in lacking.items()]
+
+
+def notes_on_failures(measured: Measured, settings: Iterable[str]) -> list[str]:
+    """Which of the settings lack images, by name."""
+    lacking = [setting for setting in settings if measured.incomplete(setting)]
+    failed = [setting for setting in lacking if measured.failed(setting)]
+    partial = [setting for setting in lacking if setting not in failed]
+    notes = [f"No image was made by: {', '.join(failed)}."] if failed else []
+    if partial:
+        notes.append(f"Some images are missing, so that the means are over fewer prompts: {', '.join(partial)}.")
+    return notes
+
+
+def _hits(measured: Measured, setting: str, stages: tuple[Quantity, ...]) -> str:
+    """The hit rate of each stage that the setting has, by name if there are several."""
+    if measured.failed(setting):
+        return FAILED
+    cells = {stage.label: measured.cell(setting, stage) for stage in stages}
+    texts = {label: cell.text for label, cell in cells.items() if cell.summary.n}
+    if not texts:
+        return MEANINGLESS
+    return ", ".join(texts.values() if len(texts) == 1 else (f"{label} {text}" for label, text in texts.items()))
+
+
+def _data(results: Results, measured: Measured) -> pd.DataFrame:
+    """Everything that is known, a row a setting."""
+    quantities = [TOTAL, DENOISING, COMPUTED, MEMORY, *hit_rates(measured), *map(metric, results.metrics)]
+    rows = []
+    for setting in measured:
+        row: dict[str, object] = {"setting": setting, "prompts": measured.prompts}
+        for quantity in quantities:
+            row |= numbers(measured.cell(setting, quantity), quantity)
+        rows.append(row)
+    return pd.DataFrame(rows)

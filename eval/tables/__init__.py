@@ -1,6 +1,0 @@
-"""Tables of an experiment: Markdown, LaTeX, CSV and the terminal; configs/experiment/*.yaml list them as outputs."""
-
-from eval.tables.grid import GridTable
-from eval.tables.summary import SummaryTable
-
-__all__ = ["GridTable", "SummaryTable"]
