@@ -17,7 +17,7 @@ REDRAWS = 4  # of the bars, a second: each takes time from a model on the CPU
 
 @contextmanager
 def watching(console: Console, names: dict) -> Iterator[Watcher]:
-    """Who watches, for as long as the block lasts. `names`: what to call the settings, by method configuration."""
+    """Who watches, for as long as the block lasts. `names`: what to call the settings, by the cells' `way`."""
     if not console.is_terminal:
         yield Lines(console)
         return
@@ -44,7 +44,7 @@ class Bars:
 
     def begins(self, cell: Cell) -> None:
         size, left = self._sizes[_prompt(cell)], self._left[_prompt(cell)]
-        name = self._names.get(cell.method, "")
+        name = self._names.get(cell.way, "")
         self._progress.update(self._settings, description=name, total=size, completed=size - left, visible=True)
         self._progress.update(self._steps, total=cell.steps, completed=0, visible=True)
 

@@ -15,17 +15,18 @@ from rich.table import Table
 
 from eval.cli.progress import watching
 from eval.errors import UserError
-from eval.experiments.settings import Experiment, Setting
+from eval.experiments.settings import Experiment, Row
 from eval.experiments.study import Study, read_study
 from eval.files import atomic_files
+from eval.generation.backends import backend_of, fields_of
 from eval.generation.records import Cell, Record, Store
 from eval.generation.sweep import Report, sweep
-from eval.metrics.registry import Metrics
+from eval.metrics.registry import Metrics, kind
 from eval.metrics.scores import Scores
 from eval.models.environment import environment
 from eval.models.identity import identity
 from eval.report import page
-from eval.report.results import BASELINE, Artifact, Results
+from eval.report.results import Artifact, Results
 from eval.report.tables import SummaryTable
 
 PAGE, ENVIRONMENT, MEASUREMENTS = "report.html", "environment.json", "measurements.csv"
@@ -43,7 +44,10 @@ def run(cfg: DictConfig, model_name: str, method: Callable[[str], DictConfig], c
             metrics = Metrics(study.metrics, study.clipiqa_checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
         with messages.status("measuring the images"):
             scores = Scores(store.folder / "scores.jsonl", metrics)
-            frames = [measurements(store, report.records, cells, scores) for cells in study.cells]
+            frames = [
+                measurements(store, report.records, rows, experiment.metrics, scores)
+                for experiment, rows in zip(study.experiments, study.rows, strict=True)
+            ]
     for name, reason in metrics.unavailable.items():
         messages.print(f"note: {name} is n/a: {reason}", soft_wrap=True)
     results = [
@@ -60,31 +64,37 @@ def run(cfg: DictConfig, model_name: str, method: Callable[[str], DictConfig], c
 
 
 def measurements(
-    store: Store, records: Mapping[str, Record], cells: Sequence[tuple[Setting, Cell]], scores: Scores
+    store: Store, records: Mapping[str, Record], rows: Sequence[Row], metrics: Sequence[str], scores: Scores
 ) -> pd.DataFrame:
-    """The frame of `Results`: a row for each of the cells that `records` has, setting by setting.
+    """The frame of `Results`: a row for each of `rows` that `records` has, setting by setting.
 
     A setting without any is a category of the column `setting` all the same, so that tables can say that it failed.
     """
-    found = [(setting, cell, records.get(store.fingerprint(cell))) for setting, cell in cells]
-    drawn = [(setting, cell, record) for setting, cell, record in found if record]
-    baselines = {cell.prompt.id: record for setting, cell, record in drawn if setting.name == BASELINE}
-    order = list(dict.fromkeys(setting.name for setting, _ in cells))
-    rows = [
-        _row(setting, cell, record) | scores.of(record, baselines.get(cell.prompt.id), cell.prompt)
-        for setting, cell, record in sorted(drawn, key=lambda each: order.index(each[0].name))
-    ]
-    frame = pd.DataFrame(rows)
+
+    def found(cell: Cell) -> Record | None:
+        return records.get(store.fingerprint(cell))
+
+    order = list(dict.fromkeys(row.setting.name for row in rows))
+    measured = []
+    for row in sorted(rows, key=lambda row: order.index(row.setting.name)):
+        record = found(row.cell)
+        if record:
+            references = {name: other for name, cell in row.references.items() if (other := found(cell))}
+            measured.append(_row(row, record, references) | scores.of(metrics, record, references, row.cell.prompt))
+    frame = pd.DataFrame(measured)
     if len(frame) and set(order) - set(frame["setting"]):
         frame["setting"] = pd.Categorical(frame["setting"], categories=order)
     return frame
 
 
-def _row(setting: Setting, cell: Cell, record: Record) -> dict[str, Any]:
-    row = {
+def _row(row: Row, record: Record, references: Mapping[str, Record]) -> dict[str, Any]:
+    setting, cell = row.setting, row.cell
+    columns = {
         "setting": setting.name,
         "method": setting.method,
-        "fields": {} if setting.config is None else dataclasses.asdict(setting.config),
+        "backend": backend_of(setting.config),
+        "scheduler": setting.scheduler,
+        "fields": fields_of(setting.config),
         "prompt_id": cell.prompt.id,
         "prompt": cell.prompt.text,
         "word": cell.prompt.word,
@@ -92,8 +102,21 @@ def _row(setting: Setting, cell: Cell, record: Record) -> dict[str, Any]:
         "steps": cell.steps,
         "total_seconds": record.total_seconds,
     }
-    row |= dataclasses.asdict(record)
-    return row | {"peak_memory_bytes": float(row["peak_memory_bytes"] or "nan")}
+    columns |= dataclasses.asdict(record) | {"evaluations": _evaluations(cell, record, references)}
+    return columns | {"peak_memory_bytes": float(columns["peak_memory_bytes"] or "nan")}
+
+
+def _evaluations(cell: Cell, record: Record, references: Mapping[str, Record]) -> float:
+    """How many whole evaluations of the model the run's work amounts to.
+
+    It is in multiply-adds of one evaluation of an uncached run of the same size; by the fraction of blocks computed
+    where these were not counted.
+    """
+    for other in references.values():
+        if record.multiply_adds and other.multiply_adds and other.calls:
+            return record.multiply_adds * other.calls / other.multiply_adds
+    calls = record.calls or cell.steps
+    return calls * record.computed_fraction
 
 
 def _results(
@@ -105,10 +128,13 @@ def _results(
         description=experiment.description,
         frame=frame,
         metrics=experiment.metrics,
-        unavailable={name: reason for name, reason in unavailable.items() if name in experiment.metrics},
+        unavailable={
+            name: unavailable[metric] for name in experiment.metrics if (metric := kind(name).metric) in unavailable
+        },
         model=model_name,
         machine=" and ".join(sorted(set(frame["machine"]))),
         command=command,
+        converged_steps=experiment.converged_steps,
     )
 
 
@@ -180,7 +206,7 @@ def _show(console: Console, table: Table) -> None:
 def _complain(messages: Console, study: Study, report: Report) -> None:
     """What could not be drawn, one line a setting and reason, and what to do about it."""
     names = study.names
-    reasons = Counter((names[cell.method], failure.reason) for cell, failure in report.failures.values())
+    reasons = Counter((names[cell.way], failure.reason) for cell, failure in report.failures.values())
     for (name, reason), count in reasons.items():
         messages.print(f"failed: {name}, {count} images: {reason}", markup=False, soft_wrap=True)
     messages.print(

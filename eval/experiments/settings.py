@@ -1,7 +1,7 @@
 """What `configs/experiment/*.yaml` say, checked: which settings on which prompts, measured how, and shown as what."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,30 +12,56 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from eval.errors import UserError, check_count
+from eval.generation.backends import Method
 from eval.generation.prompts import Prompt, PromptSet
 from eval.generation.records import Cell
+from eval.metrics.registry import BASELINE_IMAGE, CONVERGED_IMAGE, UNCACHED_IMAGE, kind
+from eval.models.schedulers import NAMES as SCHEDULERS
 from eval.report.results import BASELINE, Output
-from h2cache import CacheConfig
 
 FIXED_SEED = 0  # the paper's, for every prompt
 SEEDS = ("fixed", "per_prompt")
-OF_THE_PROTOCOL = ("seeds", "steps", "metrics")  # what an experiment need not say itself
+OF_THE_PROTOCOL = ("seeds", "steps", "metrics", "converged_steps")  # what an experiment need not say itself
+OF_A_RUN = ("steps", "scheduler", "call")  # what a setting may say besides its method's fields
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A row of a table: a method with its fields, or the baseline (`config` is None)."""
+    """A row of a table.
+
+    Fields:
+        method: its family: one colour in every figure.
+        config: the method with its fields; None without a cache.
+        steps: denoising steps; None: the experiment's.
+        scheduler: one of `eval.models.schedulers.NAMES`; None: the pipeline's own.
+        call: arguments of the pipeline's call that are not the model's.
+    """
 
     name: str
     method: str
-    config: CacheConfig | None
+    config: Method | None
+    steps: int | None = None
+    scheduler: str | None = None
+    call: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """A setting on one prompt and seed: what is drawn, and what by name its metrics compare it with."""
+
+    setting: Setting
+    cell: Cell
+    references: Mapping[str, Cell]
 
 
 @dataclass(frozen=True)
 class Experiment:
     """`settings` on the first `limit` prompts (None: all), `steps` denoising steps each (None: as many as the model).
 
-    `seeds`: "fixed" (0 for every prompt) or "per_prompt" (0, 1, ... in the order of the set).
+    Fields:
+        seeds: "fixed" (0 for every prompt) or "per_prompt" (0, 1, ... in the order of the set).
+        seeds_per_prompt: images of each prompt; further ones are numbered on from the first ones of all prompts.
+        converged_steps: of the pipeline's own scheduler, for the solution that metrics `@converged` compare with.
     """
 
     name: str
@@ -44,7 +70,9 @@ class Experiment:
     prompts: PromptSet
     limit: int | None
     seeds: str
+    seeds_per_prompt: int
     steps: int | None
+    converged_steps: int
     metrics: tuple[str, ...]
     settings: tuple[Setting, ...]
     outputs: tuple[Output, ...]
@@ -54,17 +82,40 @@ class Experiment:
             raise UserError(f"{self.name}: seeds={self.seeds!r} is not allowed: it must be {' or '.join(SEEDS)}")
         for field in ("limit", "steps"):
             check_count(f"{self.name}: {field}", getattr(self, field), optional=True)
+        for field in ("seeds_per_prompt", "converged_steps"):
+            check_count(f"{self.name}: {field}", getattr(self, field))
         if not self.settings:
             raise UserError(
                 f"{self.name}: there are no settings; name at least one, such as Baseline: {{method: none}}"
             )
 
-    def cells(self, prompts: Sequence[Prompt], limit: int | None, steps: int) -> Iterator[tuple[Setting, Cell]]:
+    def rows(self, prompts: Sequence[Prompt], limit: int | None, steps: int) -> Iterator[Row]:
         """What is drawn, prompt by prompt, on `limit` prompts at most; `steps` where the experiment says nothing."""
+        steps = self.steps or steps
         for index, prompt in enumerate(prompts[:limit][: self.limit]):
-            seed = FIXED_SEED if self.seeds == "fixed" else index
-            for setting in self.settings:
-                yield setting, Cell(prompt, seed, self.steps or steps, setting.config)
+            first = FIXED_SEED if self.seeds == "fixed" else index
+            apart = 1 if self.seeds == "fixed" else len(prompts)
+            for seed in range(first, first + apart * self.seeds_per_prompt, apart):
+                for setting in self.settings:
+                    cell = Cell(prompt, seed, setting.steps or steps, setting.config, setting.scheduler, setting.call)
+                    yield Row(setting, cell, self._references(cell, steps))
+
+    def _references(self, cell: Cell, steps: int) -> dict[str, Cell]:
+        """What the experiment's metrics compare the cell with; the baseline always, which its time is compared with."""
+        wanted = {kind(name).reference for name in self.metrics}
+        plain = replace(cell, method=None)
+        known = {
+            BASELINE_IMAGE: replace(plain, steps=steps, scheduler=None),
+            UNCACHED_IMAGE: plain,
+            CONVERGED_IMAGE: replace(plain, steps=self.converged_steps, scheduler=None),
+        }
+        has_baseline = any(setting.name == BASELINE for setting in self.settings)
+        return {
+            name: reference
+            for name, reference in known.items()
+            # An uncached image is nothing to compare with itself; the baseline's time is always compared with.
+            if (has_baseline and not cell.call if name == BASELINE_IMAGE else name in wanted and reference != cell)
+        }
 
 
 def read_experiments(cfg: DictConfig, method: Callable[[str], DictConfig]) -> tuple[Experiment, ...]:
@@ -76,7 +127,7 @@ def read_experiments(cfg: DictConfig, method: Callable[[str], DictConfig]) -> tu
     if not chosen:
         raise UserError("there is no experiment to do: choose some with experiment=[table1,pareto]")
     try:
-        shared = {"description": "", "limit": None, "outputs": []}
+        shared = {"description": "", "limit": None, "outputs": [], "seeds_per_prompt": 1}
         shared |= {field: cfg.protocol[field] for field in OF_THE_PROTOCOL}
         shared["prompts"] = _plain(cfg.get("prompts") or cfg.protocol.prompts)
         written = {name: _plain(each) for name, each in chosen.items()}
@@ -116,7 +167,9 @@ def _experiment(
         prompts=_made(f"{name}: prompts", fields["prompts"]),
         limit=fields["limit"],
         seeds=fields["seeds"],
+        seeds_per_prompt=fields["seeds_per_prompt"],
         steps=fields["steps"],
+        converged_steps=fields["converged_steps"],
         metrics=tuple(dict.fromkeys(fields["metrics"] or ())),
         settings=tuple(settings),
         outputs=tuple(_made(f"{name}: outputs", output) for output in fields["outputs"] or ()),
@@ -125,10 +178,15 @@ def _experiment(
 
 @dataclass(frozen=True)
 class _Variant:
-    """One point that an entry's axes span: the fields as written, and the configuration that they make."""
+    """One point that an entry's axes span: the fields as written, and what they make."""
 
     fields: Mapping[str, Any]
-    config: CacheConfig | None
+    config: Method | None
+    run: Mapping[str, Any]  # OF_A_RUN, as far as they are written
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.config is None and not self.run
 
     def name(self, family: str, differing: Sequence[str]) -> str:
         return ", ".join([family, *(f"{f} = {_text(self.fields[f])}" for f in differing if f in self.fields)])
@@ -145,24 +203,38 @@ def _settings(place: str, family: str, entry: Any, method: Callable[[str], DictC
             raise UserError(f"{place}: {each!r} is not allowed: write a method with its fields, as {{method: h2cache}}")
         fields = {field: value for field, value in each.items() if field != "method"}
         variants += _variants(place, method(str(each["method"])), fields)
-    if {variant.config is None for variant in variants} != {family == BASELINE}:
-        raise UserError(f"{place}: {BASELINE} is the name of method none, and of no other")
+    if {variant.is_baseline for variant in variants} != {family == BASELINE}:
+        raise UserError(
+            f"{place}: {BASELINE} is the name of method none with the model's own scheduler and steps, and of no other"
+        )
     names = [variant.name(family, _differing(variants)) for variant in variants]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"{place}: {name} is there more than once")
-    return [Setting(name, family, variant.config) for name, variant in zip(names, variants, strict=True)]
+    return [Setting(name, family, variant.config, **variant.run) for name, variant in zip(names, variants, strict=True)]
 
 
 def _variants(place: str, base: DictConfig, fields: Mapping[str, Any]) -> list[_Variant]:
     defaults = OmegaConf.to_container(base, resolve=True)
-    known = [field for field in defaults if field != "_target_"]
+    known = [*(field for field in defaults if field != "_target_"), *OF_A_RUN]
     for field in fields:
         if field not in known:
-            raise UserError(f"{place}: there is no field {field}; choose from {', '.join(known) or 'none'}")
-    axes = [_axis(place, field, value, defaults[field]) for field, value in fields.items()]
+            raise UserError(f"{place}: there is no field {field}; choose from {', '.join(known)}")
+    axes = [_axis(place, field, value, defaults.get(field)) for field, value in fields.items()]
     points = [dict(zip(fields, point, strict=True)) for point in product(*axes)]
-    return [_Variant(point, _made(place, defaults | point)) for point in points]
+    return [_variant(place, defaults, point) for point in points]
+
+
+def _variant(place: str, defaults: Mapping[str, Any], point: Mapping[str, Any]) -> _Variant:
+    run = {field: point[field] for field in OF_A_RUN if point.get(field) is not None}
+    if "steps" in run:
+        check_count(f"{place}: steps", run["steps"])
+    if run.get("scheduler") not in (None, *SCHEDULERS):
+        raise UserError(f"{place}: there is no scheduler {run['scheduler']}; choose from {', '.join(SCHEDULERS)}")
+    if "call" in run:
+        run["call"] = tuple(sorted(run["call"].items()))
+    made = {field: value for field, value in point.items() if field not in OF_A_RUN}
+    return _Variant(point, _made(place, defaults | made), run)
 
 
 def _differing(variants: Sequence[_Variant]) -> list[str]:
@@ -184,6 +256,8 @@ def _text(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:g}"
+    if isinstance(value, Mapping):
+        return " ".join(f"{name} {_text(each)}" for name, each in value.items())
     if isinstance(value, str) and value.endswith(".json"):
         return Path(value).stem
     return "none" if value is None else str(value)

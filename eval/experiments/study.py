@@ -10,26 +10,25 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from eval.errors import UserError, check_count
-from eval.experiments.settings import Experiment, Setting, read_experiments, why_unresolved
+from eval.experiments.settings import Experiment, Row, read_experiments, why_unresolved
 from eval.generation.prompts import Prompt
-from eval.generation.records import Cell
+from eval.generation.records import Cell, Way
 from eval.generation.sweep import Launcher
 from eval.metrics import registry as quality
 from eval.models.pipelines import ModelConfig
-from h2cache import CacheConfig
 
 FIELDS = "model protocol prompts experiments launcher limit out clipiqa_checkpoint".split()
 
 
 @dataclass(frozen=True)
 class Study:
-    """`cells` are what each of `experiments` draws, prompt by prompt, with the setting that each cell stands for."""
+    """`rows` are those of each of `experiments`, prompt by prompt."""
 
     model: ModelConfig
     model_name: str
     launcher: Launcher
     experiments: tuple[Experiment, ...]
-    cells: tuple[tuple[tuple[Setting, Cell], ...], ...]
+    rows: tuple[tuple[Row, ...], ...]
     out: Path
     clipiqa_checkpoint: Path | None
 
@@ -40,17 +39,20 @@ class Study:
 
     @property
     def all_cells(self) -> list[Cell]:
-        """Prompt by prompt, with the settings of all experiments that draw it."""
+        """Prompt by prompt, with the settings of all experiments that draw it, and what these are compared with."""
         prompts: dict[tuple[Prompt, int], dict[Cell, None]] = {}
-        for of_one in self.cells:
-            for _, cell in of_one:
-                prompts.setdefault((cell.prompt, cell.seed), {})[cell] = None
+        for of_one in self.rows:
+            for row in of_one:
+                for cell in (row.cell, *row.references.values()):
+                    prompts.setdefault((cell.prompt, cell.seed), {})[cell] = None
         return [cell for cells in prompts.values() for cell in cells]
 
     @property
-    def names(self) -> dict[CacheConfig | None, str]:
-        """What to call a method with its fields."""
-        return {setting.config: setting.name for of_one in self.cells for setting, _ in of_one}
+    def names(self) -> dict[Way, str]:
+        """What to call a way of drawing: its setting's name, or what it is a reference for."""
+        rows = [row for of_one in self.rows for row in of_one]
+        references = {cell.way: f"{name} reference" for row in rows for name, cell in row.references.items()}
+        return references | {row.cell.way: row.setting.name for row in rows}
 
 
 def read_study(cfg: DictConfig, model_name: str, method: Callable[[str], DictConfig]) -> Study:
@@ -67,14 +69,14 @@ def read_study(cfg: DictConfig, model_name: str, method: Callable[[str], DictCon
         raise UserError(f"model={model_name} makes videos, and the experiments measure images: use run.py compare=true")
     experiments = read_experiments(cfg, method)
     prompts = {each: each.load() for each in dict.fromkeys(experiment.prompts for experiment in experiments)}
-    cells = [
-        tuple(experiment.cells(prompts[experiment.prompts], cfg.limit, model.num_inference_steps))
+    rows = [
+        tuple(experiment.rows(prompts[experiment.prompts], cfg.limit, model.num_inference_steps))
         for experiment in experiments
     ]
     checkpoint = Path(str(cfg.clipiqa_checkpoint)).expanduser() if cfg.clipiqa_checkpoint else None
     if checkpoint and not checkpoint.is_file():
         raise UserError(f"clipiqa_checkpoint={checkpoint}: there is no such file; give OpenAI's CLIP RN50.pt, or null")
-    study = Study(model, model_name, launcher, experiments, tuple(cells), Path(str(cfg.out)).expanduser(), checkpoint)
+    study = Study(model, model_name, launcher, experiments, tuple(rows), Path(str(cfg.out)).expanduser(), checkpoint)
     for name in study.metrics:
         quality.kind(name)  # UserError for a name that is no metric
     return study

@@ -1,6 +1,6 @@
 """What a run has drawn, kept so that nothing is lost, drawn twice or mixed up: the folder `records`.
 
-An image is three files named by its fingerprint: PNG, trace (CSV; none for the baseline) and record (JSON). The record
+An image is three files named by its fingerprint: PNG, trace (CSV; of our methods alone) and record (JSON). The record
 comes last and holds what the others must contain, so an image without a record was never drawn, and one that does not
 match its record is drawn again. What else is drawn has another fingerprint, and so other files.
 """
@@ -23,6 +23,7 @@ from PIL import Image
 
 from eval.errors import UserError
 from eval.files import atomic_files
+from eval.generation.backends import Method
 from eval.generation.prompts import Prompt
 from h2cache import CacheConfig
 
@@ -34,19 +35,40 @@ ENDS = {".png": b"\x00\x00\x00\x00IEND\xaeB`\x82", ".csv": b"\n"}
 
 @dataclass(frozen=True)
 class Cell:
-    """One image to draw; `method` is None for the baseline."""
+    """One image to draw.
+
+    Fields:
+        method: None without a cache.
+        scheduler: one of `eval.models.schedulers.NAMES`; None: the pipeline's own.
+        call: arguments of the pipeline's call that are not the model's, such as (("height", 96),).
+    """
 
     prompt: Prompt
     seed: int
     steps: int
-    method: CacheConfig | None
+    method: Method | None
+    scheduler: str | None = None
+    call: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def way(self) -> "Way":
+        """How it is drawn, whatever the prompt."""
+        return self.method, self.scheduler, self.steps, self.call
+
+
+Way = tuple[Method | None, str | None, int, tuple[tuple[str, Any], ...]]
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """What drawing a cell gave. `trace` is None for the baseline; `peak_memory_bytes` is None off the GPU.
+    """What drawing a cell gave.
 
-    `overhead_seconds` is what the harness took of the time besides.
+    Fields:
+        peak_memory_bytes: None off the GPU.
+        trace: None where none of our methods was at work; `computed_fraction` is of its blocks.
+        multiply_adds, calls: of the denoiser (`eval.generation.work`).
+        solver: the class of the scheduler.
+        overhead_seconds: what the harness took of the time besides.
     """
 
     image: Image.Image
@@ -56,6 +78,9 @@ class Drawn:
     peak_memory_bytes: int | None
     trace: pd.DataFrame | None
     computed_fraction: float
+    multiply_adds: int
+    calls: int
+    solver: str
     machine: str
     versions: str
     overhead_seconds: float
@@ -63,7 +88,10 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Record:
-    """A drawn cell, read back: where its files are, and what was measured. `image_sha256` is of the PNG's bytes."""
+    """A drawn cell, read back: where its files are, and what was measured. `image_sha256` is of the PNG's bytes.
+
+    Records of the first versions lack `multiply_adds`, `calls` and `solver`: None.
+    """
 
     fingerprint: str
     image: Path
@@ -77,6 +105,9 @@ class Record:
     hit_rates: dict[str, float]
     machine: str
     versions: str
+    multiply_adds: int | None = None
+    calls: int | None = None
+    solver: str | None = None
 
     @property
     def total_seconds(self) -> float:
@@ -127,7 +158,7 @@ class Store:
             stored = json.loads((self.folder / f"{name}.json").read_bytes())
             if stored["cell"] != self._identity(cell):
                 return None
-            for kind in ("png",) if cell.method is None else ("png", "csv"):
+            for kind in ("png", "csv") if has_trace(cell) else ("png",):
                 self._verify(self.folder / f"{name}.{kind}", stored["files"][kind])
             return self._record(cell, name, stored)
         except (OSError, ValueError, KeyError, TypeError):  # cut short, damaged or gone
@@ -168,13 +199,16 @@ class Store:
             "steps": cell.steps,
             **method,
         }
+        # What says nothing is left out, so that older records keep their names.
+        identity |= {"scheduler": cell.scheduler} if cell.scheduler else {}
+        identity |= {"call": dict(cell.call)} if cell.call else {}
         return json.loads(json.dumps(identity), parse_float=_number)
 
     def _record(self, cell: Cell, name: str, stored: Mapping[str, Any]) -> Record:
         return Record(
             fingerprint=name,
             image=self.folder / f"{name}.png",
-            trace=None if cell.method is None else self.folder / f"{name}.csv",
+            trace=self.folder / f"{name}.csv" if has_trace(cell) else None,
             image_sha256=stored["files"]["png"]["sha256"],
             **stored["measured"],
         )
@@ -207,6 +241,11 @@ class Store:
             ) from error
 
 
+def has_trace(cell: Cell) -> bool:
+    """Whether one of our methods draws it."""
+    return isinstance(cell.method, CacheConfig)
+
+
 def hit_rates(trace: pd.DataFrame) -> dict[str, float]:
     """Of each stage, the fraction of decisions that let it be skipped (hit or forced)."""
     decisions = list(zip(trace["stage"], trace["decision"], strict=True))
@@ -222,7 +261,8 @@ def _number(text: str) -> int | float:
 
 def _measured(drawn: Drawn) -> dict[str, Any]:
     names = ("text_seconds", "denoising_seconds", "vae_seconds", "peak_memory_bytes", "computed_fraction")
-    measured = {name: getattr(drawn, name) for name in (*names, "machine", "versions")}
+    names += ("machine", "versions", "multiply_adds", "calls", "solver")
+    measured = {name: getattr(drawn, name) for name in names}
     return measured | {"hit_rates": {} if drawn.trace is None else hit_rates(drawn.trace)}
 
 

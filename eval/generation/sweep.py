@@ -4,20 +4,23 @@ import gc
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from diffusers import DiffusionPipeline
 
-import h2cache
 from eval.errors import UserError
+from eval.generation.backends import PeerCache, applied, own_copy
 from eval.generation.generate import generate
 from eval.generation.records import Cell, Drawn, Record, Store
+from eval.generation.work import WorkCounter
 from eval.models.environment import machine_name
 from eval.models.pipelines import ModelConfig, load_pipeline
-from h2cache import CacheConfig, PlanConfig
+from eval.models.schedulers import denoised_with
+from h2cache import PlanConfig
 
 WARM_UP_STEPS = 8  # allocations, kernel choices; with a cache also the steps that are skipped first
 
@@ -87,16 +90,18 @@ class Painter:
         self._device = self._pipe._execution_device
         self.machine = machine_name(model)
         self._versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers"))
-        self._warm: set[CacheConfig | None] = set()
+        self._warm: set[tuple[Any, ...]] = set()
+        self._copy: DiffusionPipeline | None = None
 
     def draw(self, cell: Cell, on_step: Callable[[int, int], None] = lambda done, total: None) -> Drawn | Failure:
         """The cell's image and measurements, after untimed steps if its method is new here; or why there is none."""
         try:
-            if cell.method not in self._warm:
-                # A plan is for its number of steps.
-                steps = cell.steps if isinstance(cell.method, PlanConfig) else min(cell.steps, WARM_UP_STEPS)
+            if (cell.method, cell.scheduler, cell.call) not in self._warm:
+                # A plan is for its number of steps, and so may be what other libraries are told.
+                whole = isinstance(cell.method, PlanConfig | PeerCache)
+                steps = cell.steps if whole else min(cell.steps, WARM_UP_STEPS)
                 self._generate(cell, steps, lambda done, total: None)
-                self._warm.add(cell.method)
+                self._warm.add((cell.method, cell.scheduler, cell.call))
             return self._generate(cell, cell.steps, on_step)
         except Exception as error:  # whatever a method or a device can raise: the other cells go on
             reason, details = f"{type(error).__name__}: {error}".strip(), traceback.format_exc()
@@ -107,13 +112,18 @@ class Painter:
 
     def _generate(self, cell: Cell, steps: int, on_step: Callable[[int, int], None]) -> Drawn:
         start = time.perf_counter()
-        arguments = self._model.call_arguments | {"num_inference_steps": steps}
+        arguments = self._model.call_arguments | {"num_inference_steps": steps} | dict(cell.call)
+        pipe = self._pipe_for(cell)
         on_gpu = self._device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self._device)
-        with h2cache.apply(self._pipe, cell.method) if cell.method else nullcontext() as handle:
+        with ExitStack() as stack:
+            stack.enter_context(denoised_with(pipe, cell.scheduler))
+            work = stack.enter_context(WorkCounter(pipe))
+            solver = type(pipe.scheduler).__name__
+            handle = stack.enter_context(applied(pipe, cell.method)) if cell.method else None
             begun = time.perf_counter()
-            drawing = generate(self._pipe, cell.prompt.text, cell.seed, on_step, **arguments)
+            drawing = generate(pipe, cell.prompt.text, cell.seed, on_step, **arguments)
             generating = time.perf_counter() - begun
         return Drawn(
             image=drawing.image,
@@ -123,10 +133,21 @@ class Painter:
             peak_memory_bytes=torch.cuda.max_memory_allocated(self._device) if on_gpu else None,
             trace=handle and handle.trace.to_pandas(),
             computed_fraction=handle.summary()["computed_fraction"] if handle else 1.0,
+            multiply_adds=work.multiply_adds,
+            calls=work.calls,
+            solver=solver,
             machine=self.machine,
             versions=self._versions,
             overhead_seconds=time.perf_counter() - start - generating,
         )
+
+    def _pipe_for(self, cell: Cell) -> DiffusionPipeline:
+        """The pipeline, or a copy of it for libraries that change theirs for good."""
+        if not (isinstance(cell.method, PeerCache) and cell.method.leaves_traces):
+            return self._pipe
+        if self._copy is None:
+            self._copy = own_copy(self._pipe)
+        return self._copy
 
 
 def sweep(store: Store, cells: Sequence[Cell], model: ModelConfig, launcher: Launcher, watcher: Watcher) -> Report:

@@ -42,27 +42,63 @@ LABELS = {
 }
 
 
+# What an image can be compared with, as `psnr@converged`; without `@`, with the baseline's.
+BASELINE_IMAGE = "baseline"  # that of the model's own scheduler at the experiment's number of steps
+UNCACHED_IMAGE = "uncached"  # that of the setting's own scheduler and steps
+CONVERGED_IMAGE = "converged"  # that of very many steps: what all solvers approach
+REFERENCES = {
+    BASELINE_IMAGE: "to the baseline's image",
+    UNCACHED_IMAGE: "to the uncached image of the same scheduler and steps",
+    CONVERGED_IMAGE: "to the converged solution",
+}
+
+
 @dataclass(frozen=True)
 class Kind:
-    """What a metric needs and how to read it. `label` is its name in tables and figures."""
+    """What a metric needs and how to read it.
+
+    Fields:
+        name: as an experiment writes it; `metric` is the part before the `@`.
+        label: its name in tables and figures.
+        reference: one of REFERENCES; None for a metric of an image by itself.
+    """
 
     name: str
+    metric: str
     label: str
-    needs_reference: bool
+    reference: str | None
     lower_is_better: bool
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.reference is not None
 
 
 def kind(name: str) -> Kind:
     """UserError for a name that is neither ours nor one that pyiqa can score single images with."""
+    metric, at, reference = name.partition("@")
+    label, needs_reference, lower_is_better = _described(metric)
+    if at and (reference not in REFERENCES or not needs_reference):
+        allowed = ", ".join(f"{metric}@{each}" for each in REFERENCES) if needs_reference else metric
+        raise UserError(f"metrics: {name!r} is not allowed: choose {allowed}")
+    reference = (reference or BASELINE_IMAGE) if needs_reference else None
+    if reference not in (None, BASELINE_IMAGE):
+        quantity, comma, unit = label.partition(", ")
+        label = f"{quantity} {REFERENCES[reference]}{comma}{unit}"
+    return Kind(name, metric, label, reference, lower_is_better)
+
+
+def _described(name: str) -> tuple[str, bool, bool]:
+    """Of a metric: its label, whether it needs a reference, and whether lower is better."""
     label = LABELS.get(name, name)
     if _is_ours(name):
-        return Kind(name, label, needs_reference=name != WORD_ACCURACY, lower_is_better=False)
+        return label, name != WORD_ACCURACY, False
     found = pyiqa_metrics.describe(name)
     if found is None:
         known = [*AGAINST_REFERENCE, WORD_ACCURACY, *pyiqa_metrics.names()]
         near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5) or list(LABELS)
         raise UserError(f"metrics: {name!r} is no metric of a single image; did you mean {', '.join(near)}?")
-    return Kind(name, label, found.needs_reference, found.lower_is_better)
+    return label, found.needs_reference, found.lower_is_better
 
 
 class Metrics:
@@ -75,7 +111,7 @@ class Metrics:
         device: torch.device | str = "cpu",
     ) -> None:
         """`clipiqa_checkpoint`: OpenAI's RN50.pt, for machines that cannot fetch it; UserError if it does not load."""
-        self.kinds = {name: kind(name) for name in names}
+        self.kinds = {name: kind(name) for name in dict.fromkeys(kind(name).metric for name in names)}
         self.unavailable: dict[str, str] = {}
         self._device = torch.device(device)
         self._checkpoint = _existing(clipiqa_checkpoint) if clipiqa_checkpoint else None

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -9,7 +10,7 @@ from PIL import Image
 from eval.errors import UserError
 from eval.generation.prompts import Prompt
 from eval.generation.records import Record
-from eval.metrics.registry import Metrics
+from eval.metrics.registry import Kind, Metrics, kind
 
 
 class Scores:
@@ -31,19 +32,24 @@ class Scores:
             except (ValueError, TypeError):
                 continue
 
-    def of(self, record: Record, reference: Record | None, prompt: Prompt) -> dict[str, float]:
-        """Every metric of an image, `reference` being the uncached one; NaN where a metric has none."""
+    def of(
+        self, names: Sequence[str], record: Record, references: Mapping[str, Record], prompt: Prompt
+    ) -> dict[str, float]:
+        """The metrics `names` of an image, each with its own one of `references`; NaN where it has none."""
         images: dict[Path, Image.Image] = {}
-        return {name: self._score(name, record, reference, prompt, images) for name in self._metrics.kinds}
+        kinds = [kind(name) for name in names]
+        return {each.name: self._score(each, record, references, prompt, images) for each in kinds}
 
     def _score(
-        self, name: str, record: Record, reference: Record | None, prompt: Prompt, images: dict[Path, Image.Image]
+        self,
+        of: Kind,
+        record: Record,
+        references: Mapping[str, Record],
+        prompt: Prompt,
+        images: dict[Path, Image.Image],
     ) -> float:
-        if name in self._metrics.unavailable:
-            return math.nan
-        if not self._metrics.kinds[name].needs_reference:
-            reference = None
-        elif reference is None:
+        name, reference = of.metric, references.get(of.reference)
+        if name in self._metrics.unavailable or (of.needs_reference and reference is None):
             return math.nan
         contents = [record.image_sha256, reference and reference.image_sha256]
         key = json.dumps([name, self._versions[name], prompt.text, prompt.word, *contents])

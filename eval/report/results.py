@@ -6,6 +6,7 @@ from typing import Protocol
 
 import pandas as pd
 
+KEY = ["prompt_id", "seed"]  # which image
 BASELINE = "Baseline"  # the setting without a cache, which times and images are compared with
 
 
@@ -21,7 +22,9 @@ class Results:
     prompt_id, prompt, word (None where the prompt set has none), seed.
     fingerprint, image (Path of the PNG), trace (Path of the CSV of `handle.trace.to_pandas()`, None for the baseline).
     total_seconds, text_seconds, denoising_seconds, vae_seconds; peak_memory_bytes (NaN off the GPU).
+    backend: whose code caches; scheduler: None for the pipeline's own; solver: its class; steps: denoising steps.
     computed_fraction: blocks computed, of all; 1.0 for the baseline. hit_rates: dict of stage to fraction of hits.
+    evaluations: the work done, in whole evaluations of the model.
     One column for each metric, NaN where it cannot be had; `unavailable` says why.
     """
 
@@ -34,11 +37,18 @@ class Results:
     model: str
     machine: str
     command: str
+    converged_steps: int
 
     @property
     def baseline(self) -> pd.DataFrame:
-        """The rows without a cache, indexed by prompt_id; empty if the experiment has none."""
-        return self.frame[self.frame["setting"] == BASELINE].set_index("prompt_id")
+        """The baseline's rows, indexed by KEY; empty if the experiment has none."""
+        return self.frame[self.frame["setting"] == BASELINE].set_index(KEY)
+
+    @property
+    def baseline_run(self) -> str:
+        """What the baseline is, in words."""
+        runs = {(row.solver or "the model's own scheduler", row.steps) for row in self.baseline.itertuples()}
+        return " and ".join(f"{solver}, {steps} steps" for solver, steps in sorted(runs))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def test_on_the_large_models_table1_is_the_papers():
     """Its prompts, seed, steps and thresholds, whichever build of FLUX.1-dev draws."""
     for model in ("flux1-dev", "nunchaku-flux1-dev", "nunchaku-flux1-dev-realism"):
         table = study(f"model={model}", "experiment=table1")
-        cells = [cell for _, cell in table.cells[0]]
+        cells = [row.cell for row in table.rows[0]]
         assert {(cell.seed, cell.steps) for cell in cells} == {(0, 100)}
         assert len({cell.prompt.id for cell in cells}) == 80 and cells[0].prompt.id == "cute001"
         methods = configs(table, "table1")
@@ -91,7 +92,7 @@ def test_on_the_large_models_table1_is_the_papers():
 
 def test_on_the_embedded_model_it_is_what_serves_it():
     table = study("experiment=table1")
-    cells = [cell for _, cell in table.cells[0]]
+    cells = [row.cell for row in table.rows[0]]
     assert {cell.steps for cell in cells} == {50}
     methods = configs(table, "table1")
     assert [cell.seed for cell in cells] == [index for index in range(80) for _ in methods]
@@ -124,10 +125,9 @@ def test_a_model_of_videos_is_refused(model):
 def test_experiments_share_what_they_draw():
     """Each image is drawn once for all of them, prompt by prompt."""
     everything = study()
-    alone = sum(len(cells) for cells in everything.cells)
+    alone = sum(len(rows) for rows in everything.rows)
     cells = everything.all_cells
     assert len(set(cells)) == len(cells) < alone
-    assert len({cell.method for cell in cells}) <= 60
     order = [cell.prompt.id for cell in cells]
     assert order == sorted(order)
 
@@ -189,10 +189,10 @@ def test_limits_seeds_steps_and_prompts_can_be_chosen(tmp_path):
     chosen = study(
         "experiment=separation", "prompts=jsonl", f"prompts.path={tmp_path}/mine.jsonl", "limit=2", "protocol.steps=7"
     )
-    cells = [cell for _, cell in chosen.cells[0]]
+    cells = [row.cell for row in chosen.rows[0]]
     assert [(cell.prompt.text, cell.seed, cell.steps) for cell in cells[::4]] == [("one", 0, 7), ("two", 1, 7)]
     fixed = study("experiment=separation", "+experiments.separation.seeds=fixed", "experiments.separation.limit=3")
-    assert [cell.seed for _, cell in fixed.cells[0]] == [0] * 12
+    assert [row.cell.seed for row in fixed.rows[0]] == [0] * 12
 
 
 # What a run leaves behind.
@@ -360,7 +360,7 @@ TABLE = "experiments.table1"
         (["+protocol.h2cache.tau1=high"], ["table1", "H2-Cache", "tau1", "'high'"]),
         (["+protocol.h2cache.tau1=[0.1,0.1]"], ["table1", "H2-Cache", "more than once"]),
         (["+protocol.h2cache.tau1=[]"], ["tau1", "empty list"]),
-        ([f"+{TABLE}.settings.Baseline.tau1=[0.1,0.2]"], ["Baseline", "no field tau1", "none"]),
+        ([f"+{TABLE}.settings.Baseline.tau1=[0.1,0.2]"], ["Baseline", "no field tau1"]),
         ([f"+{TABLE}.settings.Uncached={{method: none}}"], ["Uncached", "Baseline", "none"]),
         ([f"{TABLE}.settings.Baseline={{method: h2cache}}"], ["Baseline", "none"]),
         ([f"{TABLE}.settings.H2-Cache=3"], ["H2-Cache", "3", "method"]),
@@ -394,3 +394,81 @@ def test_two_prompts_of_one_name_are_refused_and_of_one_text_are_drawn_once(comm
     assert len(measured(tmp_path / "results")) == 8
     (tmp_path / "mine.jsonl").write_text('{"prompt": "one", "id": "a"}\n{"prompt": "two", "id": "a"}\n')
     assert "line 2: the id 'a'" in command(*arguments)[2]
+
+
+# Settings with a solver, steps and a call of their own, and what they are compared with.
+
+
+def test_a_setting_has_steps_a_scheduler_and_a_call_of_its_own(own):
+    rows = own(
+        "Baseline: {method: none}",
+        "UniPC: {method: none, scheduler: unipc, steps: [2, 3]}",
+        "Wide: {method: none, call: [{width: 48}, {width: 64}]}",
+    ).rows[0]
+    named = {row.setting.name: row.cell for row in rows}
+    assert list(named) == [
+        "Baseline",
+        "UniPC, steps = 2",
+        "UniPC, steps = 3",
+        "Wide, call = width 48",
+        "Wide, call = width 64",
+    ]
+    assert (named["UniPC, steps = 3"].scheduler, named["UniPC, steps = 3"].steps) == ("unipc", 3)
+    assert named["Wide, call = width 64"].call == (("width", 64),)
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("X: {method: none, scheduler: rk4}", "there is no scheduler rk4; choose from euler, heun, dpm"),
+        ("X: {method: none, steps: [0]}", "steps=0 is not allowed"),
+        ("Baseline: {method: none, steps: 3}", "Baseline is the name of method none with the model's own"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused(own, setting, says):
+    with pytest.raises(UserError, match=says):
+        own(setting)
+
+
+def test_metrics_name_what_they_compare_with():
+    rows = study("experiment=solvers", "limit=1").rows[0]
+    found = {row.setting.name: row for row in rows}
+    plain = found["Baseline"]
+    unipc, cached = found["UniPC, steps = 20"], found["HiCache on UniPC, interval = 2, steps = 20"]
+    assert cached.references["uncached"] == unipc.cell
+    assert "uncached" not in unipc.references and "uncached" not in plain.references
+    for row in (plain, unipc, cached):
+        assert row.references["baseline"] == plain.cell
+        assert row.references["converged"] == replace(plain.cell, steps=400)
+
+
+def test_a_run_with_solvers_counts_evaluations(command, tmp_path):
+    chosen = "experiments.qualitative"
+    code, _, stderr = command(
+        "experiment=qualitative",
+        f"+{chosen}.settings.UniPC={{method: none, scheduler: unipc, steps: 3}}",
+        "+protocol.block_cache.threshold=9",
+        f"{chosen}.metrics=[psnr,psnr@converged]",
+        f"{chosen}.outputs=[{{_target_: eval.report.tables.SummaryTable}}]",
+        "protocol.converged_steps=8",
+        "limit=1",
+        "out=found",
+    )
+    assert (code, stderr) == (0, "6 images to draw, 1 prompts\n")
+    frame = pd.read_csv(tmp_path / "found/qualitative/measurements.csv").set_index("setting")
+    assert frame["evaluations"]["Baseline"] == 4 and frame["evaluations"]["UniPC"] == 3
+    assert 1 < frame["evaluations"]["Block Cache"] < 4
+    assert frame["solver"]["Baseline"] == "FlowMatchEulerDiscreteScheduler"
+    assert frame["solver"]["UniPC"] == "UniPCMultistepScheduler"
+    assert frame["psnr@converged"].between(5, 90).all() and frame["psnr"]["Baseline"] == float("inf")
+    table = (tmp_path / "found/qualitative/summary.md").read_text()
+    assert "PSNR against the baseline's image (FlowMatchEulerDiscreteScheduler, 4 steps)" in table
+    assert "PSNR against the converged solution (8 steps)" in table
+
+
+def test_several_seeds_of_a_prompt_are_one_prompt():
+    rows = study("experiment=table1", "limit=2", "+experiments.table1.seeds_per_prompt=3").rows[0]
+    assert sorted({(row.cell.prompt.id, row.cell.seed) for row in rows}) == [
+        *(("sign00", seed) for seed in (0, 80, 160)),
+        *(("sign01", seed) for seed in (1, 81, 161)),
+    ]

@@ -38,7 +38,8 @@ def drawn(side: int = 16, trace: pd.DataFrame | None = TRACE) -> Drawn:
     pixels = np.random.default_rng(side).integers(256, size=(side, side, 3), dtype=np.uint8)
     times = {"text_seconds": 0.25, "denoising_seconds": 2.0, "vae_seconds": 0.5, "overhead_seconds": 0.0}
     facts = {"peak_memory_bytes": None, "computed_fraction": 0.375, "machine": "abacus", "versions": "torch 2"}
-    return Drawn(Image.fromarray(pixels), trace=trace, **times, **facts)
+    work = {"multiply_adds": 2**40, "calls": 50, "solver": "FlowMatchEulerDiscreteScheduler"}
+    return Drawn(Image.fromarray(pixels), trace=trace, **times, **facts, **work)
 
 
 def names(folder: Path) -> list[str]:
@@ -278,3 +279,28 @@ def test_a_field_that_was_added_counts_only_where_it_was_set():
     before = H2CacheConfig(tau1=0.1).identity()["fields"]
     assert "split" not in before and before["tau1"] == 0.1
     assert H2CacheConfig(split=0.5).identity()["fields"]["split"] == 0.5
+
+
+def test_a_record_of_the_first_versions_is_read(store, tmp_path):
+    """They did not count the work, nor name the solver."""
+    file = tmp_path / f"{store.write(CELL, drawn()).fingerprint}.json"
+    record = json.loads(file.read_text())
+    for name in ("multiply_adds", "calls", "solver"):
+        del record["measured"][name]
+    file.write_text(json.dumps(record))
+    found = store.read(CELL)
+    assert (found.multiply_adds, found.calls, found.solver) == (None, None, None)
+    assert found.denoising_seconds == 2.0
+
+
+def test_another_scheduler_and_another_call_have_other_files_and_the_models_own_say_nothing(store):
+    otherwise = [
+        {"scheduler": "unipc"},
+        {"scheduler": "euler"},
+        {"call": (("height", 96),)},
+        {"call": (("width", 96),)},
+    ]
+    names = [store.fingerprint(replace(CELL, **changes)) for changes in [{}, *otherwise]]
+    assert len(set(names)) == len(names)
+    # As it was before cells had either.
+    assert store.fingerprint(CELL) == "b80754414bb712ad0304a512"

@@ -57,7 +57,15 @@ def row(folder: Path, setting: str, method: str, prompt_id: str, prompt: str, se
         **{"setting": setting, "method": method, "fields": {}, "prompt_id": prompt_id, "prompt": prompt, "word": None},
         **{"seed": 0, "fingerprint": image.stem, "image": image, "trace": path, "peak_memory_bytes": math.nan},
         **{"total_seconds": seconds + 0.5, "text_seconds": 0.2, "denoising_seconds": seconds, "vae_seconds": 0.3},
-        **{"computed_fraction": 1.0, "hit_rates": {}, "psnr": math.nan, "ssim": math.nan, "clipiqa": math.nan},
+        **{"backend": "h2cache", "scheduler": None, "solver": "FlowMatchEulerDiscreteScheduler", "steps": 50},
+        **{
+            "computed_fraction": 1.0,
+            "evaluations": 50.0,
+            "hit_rates": {},
+            "psnr": math.nan,
+            "ssim": math.nan,
+            "clipiqa": math.nan,
+        },
         **values,
     }
 
@@ -73,6 +81,7 @@ def results(rows: list[dict], **changes) -> Results:
         "model": "flux-mini",
         "machine": "a CPU (1 threads)",
         "command": "python -m eval",
+        "converged_steps": 400,
     }
     return Results(**values | changes)
 

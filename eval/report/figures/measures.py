@@ -11,7 +11,7 @@ import pandas as pd
 
 from eval.errors import UserError
 from eval.metrics.registry import WORD_ACCURACY, kind
-from eval.report.results import Results
+from eval.report.results import KEY, Results
 from eval.report.tables.statistics import ratio, summarize
 
 # To the time that is compared; the names are those of GridTable.
@@ -21,15 +21,15 @@ LABELS = {
     "speedup": "end-to-end speedup",
     "denoising_speedup": "denoising speedup",
     "computed_fraction": "blocks computed",
+    "evaluations": "model evaluations",
     "total_seconds": "time, s",
     "text_seconds": "text encoding, s",
     "denoising_seconds": "denoising, s",
     "vae_seconds": "VAE, s",
     "peak_memory_bytes": "peak memory, GB",
 }
-FORMS = {"psnr": ".1f", "computed_fraction": "%", WORD_ACCURACY: "%"}
+FORMS = {"psnr": ".1f", "evaluations": ".1f", "computed_fraction": "%", WORD_ACCURACY: "%"}
 FIELD_LABELS = {"tau1": "τ₁", "tau2": "τ₂", "sigma": "σ"}
-KEY = ["prompt_id", "seed"]
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,14 @@ def measure(results: Results, name: str) -> Measure:
     if name in results.metrics:
         about = kind(name)
         values = frame[name].astype(float) if name in frame else pd.Series(math.nan, frame.index)
-        return Measure(name, about.label, values, _mean(values), FORMS.get(name, ".3f"), not about.lower_is_better)
+        form = FORMS.get(about.metric, ".3f")
+        return Measure(name, about.label, values, _mean(values), form, not about.lower_is_better)
     if name in SPEEDUPS:
         column = SPEEDUPS[name]
-        baseline = frame["prompt_id"].map(results.baseline[column].to_dict()).astype(float)
-        values = baseline / frame[column].astype(float)
+        times = results.baseline[column].to_dict()
+        keys = pd.MultiIndex.from_frame(frame[KEY])
+        before = pd.Series([times.get(key, math.nan) for key in keys], frame.index, dtype=float)
+        values = before / frame[column].astype(float)
         return Measure(name, LABELS[name], values, _speedup(results, column), ".2f", True)
     if name.startswith(HIT_RATE):
         stage = name.removeprefix(HIT_RATE)
@@ -101,7 +104,7 @@ def measure(results: Results, name: str) -> Measure:
 
 def _mean(values: pd.Series) -> Callable[[pd.DataFrame], Measured]:
     def of(rows: pd.DataFrame) -> Measured:
-        summary = summarize(values[rows.index])
+        summary = summarize(values[rows.index].set_axis(pd.MultiIndex.from_frame(rows[KEY])))
         all_infinite = summary.infinite > 0 and summary.n == 0
         return Measured(math.inf if all_infinite else summary.mean, summary.low, summary.high)
 
@@ -109,7 +112,7 @@ def _mean(values: pd.Series) -> Callable[[pd.DataFrame], Measured]:
 
 
 def _speedup(results: Results, column: str) -> Callable[[pd.DataFrame], Measured]:
-    baseline = results.baseline.reset_index().set_index(KEY)[column]
+    baseline = results.baseline[column]
 
     def of(rows: pd.DataFrame) -> Measured:
         times = ratio(rows.set_index(KEY)[column], baseline)

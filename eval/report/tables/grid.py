@@ -12,6 +12,7 @@ from eval.report.results import Artifact, Results
 from eval.report.tables.quantities import (
     COMPUTED,
     DENOISING,
+    EVALUATIONS,
     MEANINGLESS,
     MEMORY,
     TOTAL,
@@ -38,8 +39,9 @@ LABELS = {
 class GridTable:
     """`value` for each setting that has the fields `rows` and `columns`.
 
-    value: speedup, denoising_speedup, total_seconds, denoising_seconds, computed_fraction, peak_memory_bytes, a metric,
-    or hit_rate.STAGE. where: fields that must have a value, where settings differ in more than the two.
+    value: speedup, denoising_speedup, total_seconds, denoising_seconds, computed_fraction, evaluations,
+    peak_memory_bytes, a metric, or hit_rate.STAGE. where: fields that must have a value, where settings differ in more
+    than the two.
     """
 
     value: str = "speedup"
@@ -78,7 +80,7 @@ class GridTable:
         return places
 
     def _quantity(self, results: Results, measured: Measured) -> Quantity:
-        known = {each.name: each for each in (TOTAL, DENOISING, COMPUTED, MEMORY, *hit_rates(measured))}
+        known = {each.name: each for each in (TOTAL, DENOISING, COMPUTED, EVALUATIONS, MEMORY, *hit_rates(measured))}
         known |= SPEEDUPS | {name: metric(name) for name in results.metrics}
         if self.value not in known:
             raise UserError(

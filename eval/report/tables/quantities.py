@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from eval.metrics.registry import WORD_ACCURACY, Kind, kind
-from eval.report.results import BASELINE, Results
+from eval.metrics.registry import BASELINE_IMAGE, UNCACHED_IMAGE, WORD_ACCURACY, Kind, kind
+from eval.report.results import BASELINE, KEY, Results
 from eval.report.tables.statistics import Ratio, Summary, ratio, summarize
 
 FAILED = "failed"  # no image was made
 ABSENT = "n/a"  # could not be measured
 MEANINGLESS = "–"  # nothing to measure here
-KEY = ["prompt_id", "seed"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Quantity:
     of: Callable[[pd.DataFrame], pd.Series]
     text: Callable[[float], str]
     comparison: Comparison | None = None
-    against_reference: bool = False  # the baseline is the reference
+    against_baseline: bool = False  # the baseline is the reference
     absent: str = ABSENT
 
 
@@ -69,6 +68,7 @@ TOTAL = Quantity("total_seconds", "time, s (speedup)", _column("total_seconds"),
 DENOISING = replace(TOTAL, name="denoising_seconds", of=_column("denoising_seconds"))
 TIMES = {"end_to_end": TOTAL, "denoising": DENOISING}
 COMPUTED = Quantity("computed_fraction", "computed", _column("computed_fraction"), _percent)
+EVALUATIONS = Quantity("evaluations", "evaluations", _column("evaluations"), lambda count: f"{count:.1f}")
 MEMORY = Quantity("peak_memory_bytes", "peak memory, GB", _column("peak_memory_bytes"), lambda b: f"{b / 1e9:.2f}")
 
 
@@ -77,9 +77,10 @@ def metric(name: str) -> Quantity:
     found: Kind = kind(name)
     if name == WORD_ACCURACY:
         return Quantity(name, found.label, _column(name), _percent)
-    text = (lambda value: f"{value:.2f}") if name == "psnr" else (lambda value: f"{value:.4f}")
+    text = (lambda value: f"{value:.2f}") if found.metric == "psnr" else (lambda value: f"{value:.4f}")
     comparison = None if found.needs_reference else CHANGE
-    return Quantity(name, found.label, _column(name), text, comparison, found.needs_reference)
+    absent = MEANINGLESS if found.reference == UNCACHED_IMAGE else ABSENT
+    return Quantity(name, found.label, _column(name), text, comparison, found.reference == BASELINE_IMAGE, absent)
 
 
 def hit_rate(stage: str) -> Quantity:
@@ -133,7 +134,7 @@ class Measured:
     def _text(self, setting: str, quantity: Quantity, summary: Summary) -> str:
         if self.failed(setting):
             return FAILED
-        if quantity.against_reference and setting == BASELINE:
+        if quantity.against_baseline and setting == BASELINE:
             return MEANINGLESS
         if summary.count == 0:
             return quantity.absent
@@ -163,13 +164,14 @@ def numbers(cell: Cell, quantity: Quantity) -> dict[str, float | int]:
     found: dict[str, float | int] = {
         f"{name}_n": summary.n,
         f"{name}_mean": summary.mean,
+        f"{name}_std": summary.std,
         f"{name}_median": summary.median,
         f"{name}_p95": summary.p95,
         f"{name}_ci95_low": summary.low,
         f"{name}_ci95_high": summary.high,
     }
-    if quantity.name == "psnr":
-        found["psnr_identical"] = summary.infinite
+    if quantity.name.partition("@")[0] == "psnr":
+        found[f"{name}_identical"] = summary.infinite
     if cell.ratio is not None:
         comparison = f"{name}_{quantity.comparison.name}"
         ends = sorted(quantity.comparison.of(end) for end in (cell.ratio.low, cell.ratio.high))

@@ -16,12 +16,14 @@ AT_ONCE = 2_000_000  # drawn indices held in memory
 class Summary:
     """Of the finite values, `n` of them: all but `n` NaN without any, the interval NaN for fewer than two.
 
-    low, high: the 95 % confidence interval of the mean (Student's t). `infinite` values are counted, and are in none of
+    low, high: the 95 % confidence interval of the mean over prompts (Student's t), several seeds of a prompt being one
+    value: their mean. std: of the values. `infinite` values are counted, and are in none of
     the other numbers: an infinite PSNR says that two images are identical, and one would make every mean infinite.
     """
 
     n: int
     mean: float
+    std: float
     median: float
     p95: float
     low: float
@@ -35,19 +37,32 @@ class Summary:
 
 
 def summarize(values: pd.Series) -> Summary:
-    """NaN is a value that is not there."""
+    """Of values indexed by prompt and seed; NaN is a value that is not there."""
     array = values.to_numpy(np.float64)
-    finite = np.sort(array[np.isfinite(array)])
-    n, infinite = len(finite), int(np.isinf(array).sum())
+    known = values[np.isfinite(array)].astype(np.float64)
+    n, infinite = len(known), int(np.isinf(array).sum())
     if n == 0:
-        return Summary(0, *[math.nan] * 5, infinite)
-    mean = float(finite.mean())
+        return Summary(0, *[math.nan] * 6, infinite)
+    finite, prompts = np.sort(known.to_numpy()), np.sort(_by_prompt(known).to_numpy())
+    mean, count = float(finite.mean()), len(prompts)
     margin = math.nan
-    if n > 1:
-        margin = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * finite.std(ddof=1) / math.sqrt(n))
+    if count > 1:
+        margin = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * prompts.std(ddof=1) / math.sqrt(count))
     return Summary(
-        n, mean, float(np.median(finite)), float(np.quantile(finite, 0.95)), mean - margin, mean + margin, infinite
+        n,
+        mean,
+        float(finite.std(ddof=1)) if n > 1 else math.nan,
+        float(np.median(finite)),
+        float(np.quantile(finite, 0.95)),
+        mean - margin,
+        mean + margin,
+        infinite,
     )
+
+
+def _by_prompt(values: pd.Series | pd.DataFrame) -> pd.Series | pd.DataFrame:
+    """The mean over each prompt's seeds."""
+    return values.groupby(level=0).mean() if values.index.nlevels > 1 else values
 
 
 @dataclass(frozen=True)
@@ -65,9 +80,10 @@ class Ratio:
 
 
 def ratio(values: pd.Series, baseline: pd.Series) -> Ratio:
-    """Both indexed by prompt (and seed), each prompt once. Prompts that either lacks are left out."""
+    """Both indexed by prompt and seed. Images that either lacks are left out; a prompt's seeds are drawn together."""
     pairs = pd.concat([values, baseline], axis=1, join="inner", keys=["value", "baseline"]).astype(np.float64)
     pairs = pairs[np.isfinite(pairs).all(axis=1)].sort_index()
+    pairs = _by_prompt(pairs)
     n = len(pairs)
     above, below = pairs["value"].to_numpy(), pairs["baseline"].to_numpy()
     if n == 0 or below.mean() <= 0:

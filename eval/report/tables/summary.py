@@ -8,11 +8,13 @@ import pandas as pd
 from rich.table import Table
 
 from eval.errors import UserError
+from eval.metrics.registry import BASELINE_IMAGE, CONVERGED_IMAGE, LABELS, UNCACHED_IMAGE, kind
 from eval.report.results import BASELINE, Artifact, Results
 from eval.report.tables.quantities import (
     ABSENT,
     COMPUTED,
     DENOISING,
+    EVALUATIONS,
     FAILED,
     MEANINGLESS,
     MEMORY,
@@ -29,7 +31,7 @@ from eval.report.tables.sheet import Sheet
 
 @dataclass(frozen=True)
 class SummaryTable:
-    """Time `55.72 (1.00x)`, metrics such as `0.7688 (-0.07 %)`, what was computed, and memory where it was measured.
+    """Time `55.72 (1.00x)`, the work done, metrics such as `0.7688 (-0.07 %)`, and memory where it was measured.
 
     time: "end_to_end", with text encoding and VAE as in the paper's table, or "denoising"; the CSV has both.
     metrics: which of the experiment's to show, in this order; None for all. The CSV has all.
@@ -87,14 +89,16 @@ class SummaryTable:
                     f"add it to the experiment's metrics ({', '.join(results.metrics)}) or leave it out"
                 )
         memory = [MEMORY] if results.frame["peak_memory_bytes"].notna().any() else []
-        return [TIMES[self.time], *map(metric, shown), COMPUTED, *memory]
+        return [TIMES[self.time], EVALUATIONS, *map(metric, shown), *memory]
 
     def _notes(self, results: Results, measured: Measured) -> list[str]:
         what = "with text encoding and VAE" if self.time == "end_to_end" else "of denoising alone"
         notes = [f"{means_over(results, measured)}; time is {what}."]
         if BASELINE in measured.groups:
             notes.append("In brackets: against the baseline, over the same prompts.")
+        notes.append("Evaluations: the multiply-adds that ran, in whole evaluations of the model.")
         shown = results.metrics if self.metrics is None else self.metrics
+        notes += [compared_with(results, shown)] if any(kind(name).needs_reference for name in shown) else []
         return notes + _reasons(results, shown) + notes_on_failures(measured, measured)
 
 
@@ -102,6 +106,20 @@ def means_over(results: Results, measured: Measured) -> str:
     """What all numbers of a table are."""
     prompts = f"{measured.prompts} prompt{'s' if measured.prompts != 1 else ''}"
     return f"Means over {prompts} on {results.model}, {results.machine}"
+
+
+def compared_with(results: Results, metrics: Iterable[str]) -> str:
+    """What each of the metrics that need a reference compares an image with, in a sentence."""
+    images = {
+        BASELINE_IMAGE: f"the baseline's image ({results.baseline_run})",
+        UNCACHED_IMAGE: "the uncached image of the same scheduler and steps",
+        CONVERGED_IMAGE: f"the converged solution ({results.converged_steps} steps)",
+    }
+    compared: dict[str, list[str]] = {}
+    for each in map(kind, metrics):
+        if each.needs_reference:
+            compared.setdefault(each.reference, []).append(LABELS.get(each.metric, each.metric).partition(",")[0])
+    return "; ".join(f"{', '.join(names)} against {images[reference]}" for reference, names in compared.items()) + "."
 
 
 def _reasons(results: Results, shown: Iterable[str]) -> list[str]:
@@ -137,7 +155,7 @@ def _hits(measured: Measured, setting: str, stages: tuple[Quantity, ...]) -> str
 
 def _data(results: Results, measured: Measured) -> pd.DataFrame:
     """Everything that is known, a row a setting."""
-    quantities = [TOTAL, DENOISING, COMPUTED, MEMORY, *hit_rates(measured), *map(metric, results.metrics)]
+    quantities = [TOTAL, DENOISING, EVALUATIONS, COMPUTED, MEMORY, *hit_rates(measured), *map(metric, results.metrics)]
     rows = []
     for setting in measured:
         row: dict[str, object] = {"setting": setting, "prompts": measured.prompts}

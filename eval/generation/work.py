@@ -1,0 +1,92 @@
+"""How much a run computed, counted where it is done, whoever calls or skips it: ours, diffusers' caches or cache-dit.
+
+A linear or convolutional layer that runs costs its multiply-adds; an attention besides these the two products of its
+queries, keys and values. A cache that answers for a block, an attention or an MLP never reaches the layers inside, and
+one that skips attention alone still pays for its MLPs, which a count of attentions would not tell.
+"""
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class WorkCounter:
+    """Counts inside its `with` block: `multiply_adds`, and `calls` of the pipeline's denoisers.
+
+    Enter before a cache is attached and leave after it is gone: caches that replace the `forward` of a layer then call
+    the counted one where they compute, and none where they do not. (A forward hook would be called either way.) Layers
+    of other kinds, such as quantized ones with kernels of their own, are not counted.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline):
+        parts = [getattr(pipe, name, None) for name in ("transformer", "transformer_2", "unet")]
+        self._denoisers = [part for part in parts if isinstance(part, nn.Module)]
+        self._watched: list[tuple[nn.Module, Callable | None]] = []
+        self._hooks: list[Any] = []
+        self.multiply_adds = 0
+        self.calls = 0
+
+    def __enter__(self) -> Self:
+        for denoiser in self._denoisers:
+            self._hooks.append(denoiser.register_forward_pre_hook(self._called))
+            for module in denoiser.modules():
+                if hasattr(module, "to_q") and hasattr(module, "to_k"):
+                    self._watch_attention(module)
+                elif isinstance(module, LAYERS):
+                    self._watch(module, self._ran)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        for module, own in reversed(self._watched):
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
+        for hook in self._hooks:
+            hook.remove()
+        self._watched, self._hooks = [], []
+
+    def _called(self, denoiser: nn.Module, args: tuple) -> None:
+        self.calls += 1
+
+    def _ran(self, layer: nn.Module, output: torch.Tensor) -> None:
+        weight = layer.in_features if isinstance(layer, nn.Linear) else layer.weight[0].numel()
+        self.multiply_adds += output.numel() * weight
+
+    def _watch(self, module: nn.Module, ran: Callable[[nn.Module, Any], None]) -> None:
+        """Call `ran(module, output)` each time that the module computes."""
+        own, compute = vars(module).get("forward"), module.forward
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            output = compute(*args, **kwargs)
+            ran(module, output)
+            return output
+
+        module.forward = counted
+        self._watched.append((module, own))
+
+    def _watch_attention(self, attention: nn.Module) -> None:
+        """Count q k^T and the weighted sum of v by the rows that its projections were applied to."""
+        size = {"queries": 0, "keys": 0}  # values of the queries; keys a sample
+
+        def queried(layer: nn.Module, output: torch.Tensor) -> None:
+            size["queries"] += output.numel()
+
+        def keyed(layer: nn.Module, output: torch.Tensor) -> None:
+            size["keys"] += output.shape[1]
+
+        def ended(module: nn.Module, output: Any) -> None:
+            self.multiply_adds += 2 * size["queries"] * size["keys"]
+            size.update(queries=0, keys=0)
+
+        self._watch(attention, ended)
+        for name, ran in (("to_q", queried), ("add_q_proj", queried), ("to_k", keyed), ("add_k_proj", keyed)):
+            layer = getattr(attention, name, None)
+            if isinstance(layer, nn.Module):
+                self._watch(layer, ran)
