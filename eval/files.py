@@ -1,5 +1,6 @@
 """Output files that appear whole or not at all."""
 
+import hashlib
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,6 +10,12 @@ from eval.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIGS = REPOSITORY / "configs"
+
+
+def file_digest(path: Path) -> str:
+    """The first 16 digits of its SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def find_file(path: str | Path) -> Path | None:

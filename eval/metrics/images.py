@@ -6,6 +6,8 @@ import numpy as np
 from PIL import Image
 from skimage.metrics import structural_similarity
 
+from eval.metrics.metric import Metric
+
 
 def psnr(image: Image.Image, reference: Image.Image) -> float:
     """Peak signal-to-noise ratio of two RGB images in dB; infinite when they are identical, higher is closer."""
@@ -25,3 +27,9 @@ def _pixels(image: Image.Image, reference: Image.Image) -> tuple[np.ndarray, np.
     if image.size != reference.size:
         raise ValueError(f"images of different size: {image.size} and {reference.size}")
     return tuple(np.asarray(each.convert("RGB"), dtype=np.float64) for each in (image, reference))
+
+
+PSNR = Metric(
+    "PSNR, dB", lambda means: lambda shown: psnr(shown.image, shown.reference), needs_reference=True, form=".2f"
+)
+SSIM = Metric("SSIM", lambda means: lambda shown: ssim(shown.image, shown.reference), needs_reference=True)

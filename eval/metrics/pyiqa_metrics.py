@@ -1,6 +1,11 @@
 """pyiqa's metrics: which there are, how they are loaded without a long wait or a mess, and how one image is scored.
 
 pyiqa is imported when it is asked for: it takes seconds.
+
+`clipiqa` is CLIP-IQA as its paper defines it (Wang et al., AAAI 2023): CLIP's RN50 without positional embedding, and
+one pair of prompts "Good photo." and "Bad photo."; pyiqa's own default is the mean over five other pairs. The code
+published for H2-Cache gives pixels of 0 to 255 to a wrapper that expects 0 to 1, so that the paper's scores are on
+another scale: compare changes in percent.
 """
 
 import contextlib
@@ -13,6 +18,7 @@ import urllib.request
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +26,20 @@ import numpy as np
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
+from PIL import Image
 from torch import Tensor
+
+from eval.errors import UserError
+from eval.files import file_digest
+from eval.metrics.metric import Means, Metric, Scorer, Shown, Unavailable
 
 # Seconds without an answer: pyiqa, clip and torch.hub would wait for ever.
 FETCH_TIMEOUT, PROBE_TIMEOUT = 10.0, 3.0
 SEED = 0  # a few metrics crop at random
 CLIPIQA_PROMPTS = ("Good photo.", "Bad photo.")
 # These compare the statistics of whole folders.
+LABELS = {"clipiqa": "CLIP-IQA", "lpips": "LPIPS", "clipscore": "CLIPScore"}
 OF_MANY_IMAGES = ("fid", "sfid", "fid_dinov2", "inception_score")
-
-
-@dataclass(frozen=True)
-class Description:
-    """What pyiqa says of a metric."""
-
-    needs_reference: bool
-    lower_is_better: bool
 
 
 def names() -> list[str]:
@@ -45,20 +49,58 @@ def names() -> list[str]:
     return [name for name in pyiqa.list_models() if name not in OF_MANY_IMAGES]
 
 
-def describe(name: str) -> Description | None:
-    """None for a name that pyiqa does not have."""
+def metric(name: str) -> Metric | None:
+    """The metric called `name`; None for a name that pyiqa does not have."""
     from pyiqa.default_model_configs import DEFAULT_CONFIGS
 
     if name not in names():
         return None
     settings = DEFAULT_CONFIGS[name]
-    return Description(settings["metric_mode"] == "FR", settings.get("lower_better", False))
+    return Metric(
+        label=LABELS.get(name, name),
+        load=partial(_scorer, name),
+        version=partial(_version, name),
+        needs_reference=settings["metric_mode"] == "FR",
+        lower_is_better=settings.get("lower_better", False),
+        fetches=True,
+    )
 
 
-def version() -> str:
+def _version(name: str, means: Means) -> str:
     import pyiqa
 
-    return pyiqa.__version__
+    own = name == "clipiqa" and means.clipiqa_checkpoint
+    return f"pyiqa-{pyiqa.__version__}" + (f"-{file_digest(means.clipiqa_checkpoint)}" if own else "")
+
+
+def _scorer(name: str, means: Means) -> Scorer:
+    given = means.clipiqa_checkpoint if name == "clipiqa" else None
+    try:
+        network = load(name, means.device, means.online, given)
+    except Exception as error:  # hubs, archives and optional packages fail in more ways than can be listed
+        if given and not isinstance(error, ImportError):
+            raise UserError(
+                f"clipiqa_checkpoint={given} does not load as OpenAI's CLIP RN50.pt ({first_line(error)}); "
+                "fetch it again, or leave the option out"
+            ) from error
+        raise Unavailable(why_not_loaded(error, means.online)) from error
+
+    def score(shown: Shown) -> float:
+        pixels = to_tensor(shown.image)
+        reference = to_tensor(shown.reference) if shown.reference is not None else None
+        try:
+            return network.score(pixels, reference, shown.prompt)
+        except Exception as error:  # a metric may dislike a size or a prompt in as many ways as pyiqa has metrics
+            size = f"{shown.image.width}x{shown.image.height}"
+            raise Unavailable(f"it fails on an image of {size} ({first_line(error)})") from error
+
+    return score
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """(1, 3, H, W) float32 RGB in [0, 1], as pyiqa wants it."""
+    pixels = np.asarray(image.convert("RGB"), np.float32) / 255
+    return torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 `tools.flux_mini.reader` trained it.
 """
 
+import math
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -11,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from eval.files import REPOSITORY
-from eval.metrics.signs import WINDOW, Signs, find, letters_at, pixels_of
+from eval.files import REPOSITORY, file_digest
+from eval.metrics.metric import Means, Metric, Scorer, Shown, Unavailable
+from eval.metrics.signs import SIZE, WINDOW, Signs, find, letters_at, pixels_of
 
 WEIGHTS = REPOSITORY / "assets/flux-mini-reader.safetensors"
 LETTERS = string.ascii_uppercase
@@ -114,6 +116,27 @@ class WordReader:
         place, _ = find(pixels, self.signs)
         letters, _ = letters_at(pixels, self.signs, place)
         return read(self.network, [letters])[0]
+
+
+def load_accuracy(means: Means) -> Scorer:
+    """What says of a picture whether it has the prompt's word: 1.0 where the word is read exactly, else 0.0.
+
+    NaN for pictures of another size than flux-mini's, and for words with letters that the reader does not know.
+    """
+    try:
+        reader = WordReader.load(WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise Unavailable(f"its weights cannot be loaded ({error})") from error
+
+    def accuracy(shown: Shown) -> float:
+        if shown.word is None or not can_read(shown.word) or shown.image.size != (SIZE, SIZE):
+            return math.nan
+        return float(reader.read(shown.image.convert("RGB")) == shown.word)
+
+    return accuracy
+
+
+WORD_ACCURACY = Metric("words right", load_accuracy, version=lambda means: f"1-{file_digest(WEIGHTS)}", form="%")
 
 
 def can_read(word: str) -> bool:

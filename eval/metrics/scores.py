@@ -23,7 +23,7 @@ class Scores:
     def __init__(self, file: Path, metrics: Metrics):
         self._file = file
         self._metrics = metrics
-        self._versions = {name: metrics.version(name) for name in metrics.kinds if name not in metrics.unavailable}
+        self._versions = {name: metrics.version(name) for name in metrics.metrics if name not in metrics.unavailable}
         self._known: dict[str, float] = {}
         for line in file.read_bytes().splitlines() if file.is_file() else ():
             try:

@@ -25,7 +25,7 @@ from eval.files import atomic_files
 from eval.report.comparison import comparisons
 from eval.report.figures.style import COLUMN, DPI
 from eval.report.results import Artifact, Results
-from eval.report.webtable import WebTable, read_table
+from eval.report.webtable import WebTable, web_table
 
 TEMPLATES = Path(__file__).with_name("templates")
 IMAGE_BUDGET = 8_000_000  # bytes of compressed images to compare; a page three quarters of which is theirs still mails
@@ -134,8 +134,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
 
 def _table(artifact: Artifact, folder: Path) -> tuple[Artifact, WebTable, tuple] | None:
     """The artifact as a table, with links to its files; None for a figure."""
-    table = read_table(artifact.files)
-    return (artifact, table, _links(artifact, folder)) if table else None
+    return (artifact, web_table(artifact.table), _links(artifact, folder)) if artifact.table else None
 
 
 def _figure(artifact: Artifact, folder: Path) -> WebFigure | None:

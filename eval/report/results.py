@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import pandas as pd
+
+if TYPE_CHECKING:
+    from eval.report.tables.sheet import Sheet
 
 KEY = ["prompt_id", "seed"]  # which image
 BASELINE = "Baseline"  # the setting without a cache, which times and images are compared with
@@ -53,12 +56,16 @@ class Results:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A table or figure on disk: the same content in each of `files` (.png and .pdf, or .md, .csv and .tex)."""
+    """A table or figure on disk: the same content in each of `files` (.png and .pdf, or .md, .csv and .tex).
+
+    `table`: what the files of a table show; None for a figure.
+    """
 
     name: str
     title: str
     caption: str
     files: tuple[Path, ...]
+    table: "Sheet | None" = None
 
 
 class Output(Protocol):

@@ -1,18 +1,14 @@
-"""Tables as the page shows them: cells, what they sort by, and which columns are numbers; read from the files."""
+"""Tables as the page shows them: cells, what they sort by, and which columns are numbers."""
 
-import csv
-import html
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+
+from eval.report.tables.sheet import Sheet
 
 NUMBER = re.compile(r"[-+−]?(?:\d[\d,]*\.?\d*|\.\d+)(?:e[-+]?\d+)?", re.IGNORECASE)
 ABSENT = ("", "n/a", "-", "–", "—", "nan", "failed")
 INFINITE = ("∞", "inf", "identical")  # an image identical to the reference has an infinite PSNR
-ESCAPED = re.compile(r"\\([!-/:-@\[-`{-~])")
-RULE = re.compile(r":?-+:?")
 
 
 @dataclass(frozen=True)
@@ -32,50 +28,12 @@ class WebTable:
     rows: tuple[tuple[Cell, ...], ...]
 
 
-def read_table(files: Sequence[Path]) -> WebTable | None:
-    """The table in the .md file among `files`, as the paper prints it, or else in the .csv; None without either."""
-    readers = {".md": _markdown, ".csv": _comma_separated}
-    for suffix, reader in readers.items():
-        for path in files:
-            if path.suffix == suffix:
-                return _table(reader(path))
-    return None
-
-
-def _markdown(path: Path) -> list[list[str]]:
-    """Header and rows of the first table of pipes; a pipe within a cell is written with a backslash before it."""
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    table: list[list[str]] = []
-    for line in lines:
-        if line.startswith("|"):
-            table.append([_unescaped(cell.strip()) for cell in re.split(r"(?<!\\)\|", line.strip("|"))])
-        elif table:
-            break
-    return [row for row in table if not all(RULE.fullmatch(cell) for cell in row)]
-
-
-def _comma_separated(path: Path) -> list[list[str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.reader(file))
-
-
-def _unescaped(text: str) -> str:
-    """What Markdown shows: a backslash makes punctuation plain, and an ampersand begins a character's name."""
-    return html.unescape(ESCAPED.sub(r"\1", text))
-
-
-def _table(lines: list[list[str]]) -> WebTable | None:
-    if not lines:
-        return None
-    header, *body = lines
-    rows = tuple(tuple(map(_cell, row)) for row in body)
-    columns = list(zip(*rows, strict=True)) if rows else [()] * len(header)
+def web_table(sheet: Sheet) -> WebTable:
+    """What a sheet shows, for the page."""
+    rows = tuple(tuple(Cell(text, _value(text)) for text in row) for row in sheet.rows)
+    columns = list(zip(*rows, strict=True)) if rows else [()] * len(sheet.header)
     numeric = tuple(all(cell.value is not None or cell.text.lower() in ABSENT for cell in column) for column in columns)
-    return WebTable(tuple(header), numeric, rows)
-
-
-def _cell(text: str) -> Cell:
-    return Cell(text, _value(text))
+    return WebTable(sheet.header, numeric, rows)
 
 
 def _value(text: str) -> float | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
+import pandas as pd
 import pytest
 from measured import SIZE, grid, picture, results, row
 from PIL import Image
@@ -17,7 +18,8 @@ from eval.errors import UserError
 from eval.report import page
 from eval.report.figures import Frontier, HeatMap
 from eval.report.results import BASELINE, Artifact
-from eval.report.webtable import read_table
+from eval.report.tables.sheet import Sheet
+from eval.report.webtable import web_table
 
 HOSTILE = "</script><script>window.pwned = 1</script><img src=x onerror=\"window.pwned = 2\">{{ 7 * 7 }} ${1} 'a' & <b>"
 ENVIRONMENT = {
@@ -28,25 +30,21 @@ ENVIRONMENT = {
     "gpus": [],
     "driver": None,
 }
-TABLE = """# A heading before it
-
-| method | time, s | CLIP-IQA | PSNR, dB |
-|---|---:|---:|---:|
-| Baseline | 10.00 (1.00x) | n/a | n/a |
-| H2\\-Cache | 2.50 (4.00x) | n/a | 30.00 |
-| a \\| &lt;b&gt; | 1,234.50 (0.01x) | n/a | ∞ |
-| TeaCache | 3.00 (3.33x) | n/a | −4.5 |
-
-| another | table |
-|---|---|
-| 1 | 2 |
-"""
+TABLE = Sheet(
+    "Summary",
+    ("method", "time, s", "CLIP-IQA", "PSNR, dB"),
+    (
+        ("Baseline", "10.00 (1.00x)", "n/a", "n/a"),
+        ("H2-Cache", "2.50 (4.00x)", "n/a", "30.00"),
+        ("a | <b>", "1,234.50 (0.01x)", "n/a", "∞"),
+        ("TeaCache", "3.00 (3.33x)", "n/a", "−4.5"),
+    ),
+    ("Times are medians.", HOSTILE),
+)
 
 
-def table(folder: Path, text: str = TABLE, name: str = "summary") -> Artifact:
-    path = folder / f"{name}.md"
-    path.write_text(text, encoding="utf-8")
-    return Artifact(name, "Summary", f"Times are medians. {HOSTILE}", (path,))
+def table(folder: Path) -> Artifact:
+    return TABLE.write(pd.DataFrame(TABLE.rows, columns=TABLE.header), folder, "summary", "experiment")
 
 
 @pytest.fixture(scope="module")
@@ -320,7 +318,7 @@ def test_the_file_refers_to_nothing_but_its_own_folder(report):
     text = report.read_text(encoding="utf-8")
     assert {uri.partition(",")[0] for uri in re.findall(r'<img[^>]* src="([^"]*)"', text)} == {"data:image/png;base64"}
     links = [unquote(link) for link in re.findall(r'href="([^"#][^"]*)"', text) if not link.startswith("data:")]
-    assert len(links) == 1 + 3 * 2
+    assert len(links) == 3 + 3 * 2
     assert all((report.parent / link).is_file() for link in links)
     assert not re.search(r"url\(|@import|https?://", re.sub(r'<script type="application/json".*', "", text))
 
@@ -382,18 +380,11 @@ def test_a_large_figure_is_compressed_and_the_page_says_so(tmp_path):
 # Tables
 
 
-def test_a_table_is_read_as_it_is_printed(tmp_path):
-    found = read_table(table(tmp_path).files)
+def test_a_table_is_shown_as_it_is_printed():
+    found = web_table(TABLE)
     assert found.columns == ("method", "time, s", "CLIP-IQA", "PSNR, dB")
     assert found.numeric == (False, True, True, True)
     assert [line[0].text for line in found.rows] == ["Baseline", "H2-Cache", "a | <b>", "TeaCache"]
     assert [line[1].value for line in found.rows] == [10.0, 2.5, 1234.5, 3.0]
     assert [line[3].value for line in found.rows] == [None, 30.0, math.inf, -4.5]
-
-
-def test_without_markdown_the_csv_is_shown(tmp_path):
-    (tmp_path / "numbers.csv").write_text('setting,psnr\n"a, b",1e-3\nc,\n', encoding="utf-8")
-    found = read_table([tmp_path / "numbers.tex", tmp_path / "numbers.csv"])
-    assert [[cell.text for cell in line] for line in found.rows] == [["a, b", "1e-3"], ["c", ""]]
-    assert found.numeric == (False, True) and found.rows[0][1].value == 0.001
-    assert read_table([tmp_path / "figure.png"]) is None
+    assert web_table(Sheet("", ("a",), (("1e-3",), ("",)), ())).rows[0][0].value == 0.001

@@ -17,8 +17,9 @@ from PIL import Image, ImageFilter
 from eval.errors import UserError
 from eval.metrics import pyiqa_metrics
 from eval.metrics.images import psnr, ssim
+from eval.metrics.pyiqa_metrics import to_tensor
 from eval.metrics.reader import WEIGHTS, Reader, WordReader
-from eval.metrics.registry import Metrics, kind, to_tensor
+from eval.metrics.registry import Metrics, kind
 from eval.metrics.signs import SIZE
 from tools.flux_mini.attributes import signs
 from tools.flux_mini.export_reader import export, own_error
@@ -101,7 +102,7 @@ def test_a_reference_metric_of_pyiqa_s():
 
 def test_no_reference_no_score():
     metrics = Metrics(["psnr", "ssim", "gmsd", "word_accuracy"])
-    assert all(math.isnan(metrics.score(name, picture(), None, PROMPT, None)) for name in metrics.kinds)
+    assert all(math.isnan(metrics.score(name, picture(), None, PROMPT, None)) for name in metrics.metrics)
     assert not metrics.unavailable
 
 
@@ -215,8 +216,8 @@ def test_networks_neither_train_nor_draw_from_anyone_s_randomness(random_clip):
     path, _ = random_clip
     metrics = Metrics(["clipiqa", "gmsd"], clipiqa_checkpoint=path)
     states = torch.random.get_rng_state(), np.random.get_state()[1].copy()
-    first = [metrics.score(name, picture(0), picture(1), PROMPT, None) for name in metrics.kinds]
-    assert first == [metrics.score(name, picture(0), picture(1), PROMPT, None) for name in metrics.kinds]
+    first = [metrics.score(name, picture(0), picture(1), PROMPT, None) for name in metrics.metrics]
+    assert first == [metrics.score(name, picture(0), picture(1), PROMPT, None) for name in metrics.metrics]
     assert torch.equal(states[0], torch.random.get_rng_state()) and (states[1] == np.random.get_state()[1]).all()
 
 
@@ -234,8 +235,8 @@ def test_versions_tell_scores_apart(random_clip, tmp_path):
     save_random_clip(tmp_path / "RN50.pt", seed=1)
     names = ["psnr", "word_accuracy", "gmsd", "clipiqa"]
     a, b, c = (Metrics(names, checkpoint) for checkpoint in (path, path, tmp_path / "RN50.pt"))
-    assert [a.version(name) for name in a.kinds] == [b.version(name) for name in a.kinds]
-    assert [name for name in a.kinds if a.version(name) != c.version(name)] == ["clipiqa"]
+    assert [a.version(name) for name in a.metrics] == [b.version(name) for name in a.metrics]
+    assert [name for name in a.metrics if a.version(name) != c.version(name)] == ["clipiqa"]
 
 
 # What cannot be had
@@ -365,7 +366,7 @@ def test_export_rounds_measures_and_writes_whole(tmp_path):
 
 
 def test_a_reader_that_is_not_there(monkeypatch, tmp_path):
-    monkeypatch.setattr("eval.metrics.registry.READER", tmp_path / "none.safetensors")
+    monkeypatch.setattr("eval.metrics.reader.WEIGHTS", tmp_path / "none.safetensors")
     metrics = Metrics(["word_accuracy"])
     assert metrics.unavailable["word_accuracy"].startswith("its weights cannot be loaded (")
     assert math.isnan(metrics.score("word_accuracy", draw(STOP), None, PROMPT, "STOP"))

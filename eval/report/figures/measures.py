@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from eval.errors import UserError
-from eval.metrics.registry import WORD_ACCURACY, kind
+from eval.metrics.registry import kind
 from eval.report.results import KEY, Results
 from eval.report.tables.statistics import ratio, summarize
 
@@ -28,7 +28,7 @@ LABELS = {
     "vae_seconds": "VAE, s",
     "peak_memory_bytes": "peak memory, GB",
 }
-FORMS = {"psnr": ".1f", "evaluations": ".1f", "computed_fraction": "%", WORD_ACCURACY: "%"}
+FORMS = {"psnr": ".1f", "evaluations": ".1f", "computed_fraction": "%"}  # shorter than in tables
 FIELD_LABELS = {"tau1": "τ₁", "tau2": "τ₂", "sigma": "σ"}
 
 
@@ -82,7 +82,7 @@ def measure(results: Results, name: str) -> Measure:
     if name in results.metrics:
         about = kind(name)
         values = frame[name].astype(float) if name in frame else pd.Series(math.nan, frame.index)
-        form = FORMS.get(about.metric, ".3f")
+        form = FORMS.get(about.metric, "%" if about.form == "%" else ".3f")
         return Measure(name, about.label, values, _mean(values), form, not about.lower_is_better)
     if name in SPEEDUPS:
         column = SPEEDUPS[name]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from eval.metrics.registry import BASELINE_IMAGE, UNCACHED_IMAGE, WORD_ACCURACY, Kind, kind
+from eval.metrics.registry import BASELINE_IMAGE, UNCACHED_IMAGE, Kind, kind
 from eval.report.results import BASELINE, KEY, Results
 from eval.report.tables.statistics import Ratio, Summary, ratio, summarize
 
@@ -75,10 +75,8 @@ MEMORY = Quantity("peak_memory_bytes", "peak memory, GB", _column("peak_memory_b
 def metric(name: str) -> Quantity:
     """Metrics that judge an image by itself are compared with the baseline's, others already are."""
     found: Kind = kind(name)
-    if name == WORD_ACCURACY:
-        return Quantity(name, found.label, _column(name), _percent)
-    text = (lambda value: f"{value:.2f}") if found.metric == "psnr" else (lambda value: f"{value:.4f}")
-    comparison = None if found.needs_reference else CHANGE
+    text = _percent if found.form == "%" else (lambda value: f"{value:{found.form}}")
+    comparison = CHANGE if not found.needs_reference and found.form != "%" else None
     absent = MEANINGLESS if found.reference == UNCACHED_IMAGE else ABSENT
     return Quantity(name, found.label, _column(name), text, comparison, found.reference == BASELINE_IMAGE, absent)
 

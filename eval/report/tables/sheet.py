@@ -81,7 +81,7 @@ class Sheet:
             markdown.write_text(self.to_markdown(), encoding="utf-8")
             data.to_csv(csv, index=False, na_rep="n/a")
             latex.write_text(self.to_latex(f"{experiment}:{name}"), encoding="utf-8")
-        return Artifact(name, self.title, " ".join(self.notes), files)
+        return Artifact(name, self.title, " ".join(self.notes), files, self)
 
 
 def _markdown(text: str) -> str:

@@ -8,7 +8,7 @@ import pandas as pd
 from rich.table import Table
 
 from eval.errors import UserError
-from eval.metrics.registry import BASELINE_IMAGE, CONVERGED_IMAGE, LABELS, UNCACHED_IMAGE, kind
+from eval.metrics.registry import BASELINE_IMAGE, CONVERGED_IMAGE, UNCACHED_IMAGE, kind
 from eval.report.results import BASELINE, Artifact, Results
 from eval.report.tables.quantities import (
     ABSENT,
@@ -31,7 +31,7 @@ from eval.report.tables.sheet import Sheet
 
 @dataclass(frozen=True)
 class SummaryTable:
-    """Time `55.72 (1.00x)`, the work done, metrics such as `0.7688 (-0.07 %)`, and memory where it was measured.
+    """Time `55.72 (1.00x)`, metrics such as `0.7688 (-0.07 %)`, the work done, and memory where it was measured.
 
     time: "end_to_end", with text encoding and VAE as in the paper's table, or "denoising"; the CSV has both.
     metrics: which of the experiment's to show, in this order; None for all. The CSV has all.
@@ -89,7 +89,7 @@ class SummaryTable:
                     f"add it to the experiment's metrics ({', '.join(results.metrics)}) or leave it out"
                 )
         memory = [MEMORY] if results.frame["peak_memory_bytes"].notna().any() else []
-        return [TIMES[self.time], EVALUATIONS, *map(metric, shown), *memory]
+        return [TIMES[self.time], *map(metric, shown), EVALUATIONS, *memory]
 
     def _notes(self, results: Results, measured: Measured) -> list[str]:
         what = "with text encoding and VAE" if self.time == "end_to_end" else "of denoising alone"
@@ -118,7 +118,7 @@ def compared_with(results: Results, metrics: Iterable[str]) -> str:
     compared: dict[str, list[str]] = {}
     for each in map(kind, metrics):
         if each.needs_reference:
-            compared.setdefault(each.reference, []).append(LABELS.get(each.metric, each.metric).partition(",")[0])
+            compared.setdefault(each.reference, []).append(each.short)
     return "; ".join(f"{', '.join(names)} against {images[reference]}" for reference, names in compared.items()) + "."
 
 
