@@ -11,12 +11,14 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from eval.report.figures.measures import SPEEDUPS, Measure, Measured, measure
 from eval.report.figures.output import Drawn, FigureOutput
-from eval.report.figures.style import COLUMN, LINE, Look, looks_of
+from eval.report.figures.style import COLUMN, LINE, PAGE, Look, looks_of, text_width
 from eval.report.results import BASELINE, Results
 
 TICKS = (1, 2, 4, 8, 16, 32, 3, 6, 12, 24, 1.5, 5, 10, 2.5, 1.25, 1.1, 0.9, 0.8, 0.5)  # the first are the most wanted
 APART = 0.11  # of the axis, from one tick to the next
 HEIGHT = 2.6  # inches of the axes with their labels
+FEW = 9  # methods that a column has room for
+HANDLE = 0.55  # inches of a line in the legend and what is around it
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,11 @@ class Frontier(FigureOutput):
         looks = looks_of(results.frame["method"])
         methods = list(dict.fromkeys(point.method for point in cached))
         overall = pareto(cached, gain, quality)
-        figure = Figure(figsize=(COLUMN, HEIGHT + LINE * (1 + -(-(len(methods) + 2) // 3))), layout="constrained")
+        width = COLUMN if len(methods) <= FEW else PAGE
+        columns = max(1, int(width / (HANDLE + max(map(text_width, [*methods, "overall frontier"])))))
+        lines = -(-(len(methods) + 2) // columns)
+        height = HEIGHT if len(methods) <= FEW else 1.6 * HEIGHT
+        figure = Figure(figsize=(width, height + LINE * (1 + lines)), layout="constrained")
         ax = figure.subplots()
         ax.plot([p.x for p in overall], [p.y for p in overall], color="#cfcfcf", linewidth=5, zorder=1, gid="pareto")
         for method in methods:
@@ -76,7 +82,7 @@ class Frontier(FigureOutput):
         handles.append(Line2D([], [], color="#cfcfcf", linewidth=5, label="overall frontier"))
         if level:
             handles.append(Line2D([], [], color=looks[BASELINE].colour, linestyle=(0, (1, 2)), label="no cache"))
-        figure.legend(handles=handles, loc="outside upper center", ncols=3, handlelength=2.6, columnspacing=1.2)
+        figure.legend(handles=handles, loc="outside upper center", ncols=columns, handlelength=2.6, columnspacing=1.2)
         return Drawn(figure, self._caption(results, points, shown, quality))
 
     def _caption(self, results: Results, points: list[Point], shown: list[Point], quality: Measure) -> str:

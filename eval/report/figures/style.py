@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -40,19 +40,28 @@ LOOKS = {
     "HiCache": Look("#cc79a7", "v", (0, (7, 1.5, 1, 1.5, 1, 1.5))),
     "ClusCa": Look("#56b4e9", "P", (0, (2.5, 1.5))),
     "Hi-ClusCa": Look("#999933", "X", (0, (8, 2))),
+    "Plan": Look("#882255", "h", "solid"),
+    "Euler": Look("#6e6e6e", "p", (0, (1, 1))),
+    "Heun": Look("#661100", "d", (0, (1, 1))),
+    "DPM++ 2M": Look("#332288", "<", (0, (1, 1))),
+    "UniPC": Look("#117733", ">", (0, (1, 1))),
 }
+ON = " on "  # "HiCache on UniPC" looks like HiCache, with another line
 # For methods that are not ours: each its own colour and marker, for 24 of them.
 _OTHERS = tuple(
     Look(colour, marker, (0, (3, 1, 1, 1)))
-    for marker, colour in product("ph<>d8", ("#332288", "#882255", "#661100", "#6e6e6e"))
+    for marker, colour in product("h8<>pd", ("#332288", "#882255", "#661100", "#6e6e6e"))
 )
 
 
 def looks_of(methods: pd.Series) -> dict[str, Look]:
     """Method to look, by first appearance. A method that `LOOKS` does not know gets one that no other has."""
-    names = list(dict.fromkeys(methods))
-    others = iter(_OTHERS)
-    return {name: LOOKS[name] if name in LOOKS else next(others) for name in names}
+    names, others, looks = list(dict.fromkeys(methods)), iter(_OTHERS), {}
+    for name in names:
+        method, on, _ = name.partition(ON)
+        look = LOOKS.get(method) or looks.get(method) or next(others)
+        looks[name] = replace(look, dashes=(0, (0.8, 2.2))) if on else look
+    return looks
 
 
 @contextmanager
