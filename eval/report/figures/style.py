@@ -47,10 +47,12 @@ LOOKS = {
     "UniPC": Look("#117733", ">", (0, (1, 1))),
 }
 ON = " on "  # "HiCache on UniPC" looks like HiCache, with another line
-# For methods that are not ours: each its own colour and marker, for 24 of them.
+# For methods that are not here: each its own colour and marker, for 24 of them.
+_TAKEN = {(look.colour, look.marker) for look in LOOKS.values()}
 _OTHERS = tuple(
     Look(colour, marker, (0, (3, 1, 1, 1)))
-    for marker, colour in product("h8<>pd", ("#332288", "#882255", "#661100", "#6e6e6e"))
+    for marker, colour in product("h8<>dpH", ("#332288", "#882255", "#661100", "#6e6e6e"))
+    if (colour, marker) not in _TAKEN
 )
 
 
