@@ -40,11 +40,11 @@ LOOKS = {
     "HiCache": Look("#cc79a7", "v", (0, (7, 1.5, 1, 1.5, 1, 1.5))),
     "ClusCa": Look("#56b4e9", "P", (0, (2.5, 1.5))),
     "Hi-ClusCa": Look("#999933", "X", (0, (8, 2))),
-    "Plan": Look("#882255", "h", "solid"),
-    "Euler": Look("#6e6e6e", "p", (0, (1, 1))),
-    "Heun": Look("#661100", "d", (0, (1, 1))),
+    "Plan": Look("#882255", "h", (0, (14, 1.5))),
+    "Euler": Look("#6e6e6e", "p", (0, (1, 3))),
+    "Heun": Look("#661100", "d", (0, (1, 2))),
     "DPM++ 2M": Look("#332288", "<", (0, (1, 1))),
-    "UniPC": Look("#117733", ">", (0, (1, 1))),
+    "UniPC": Look("#117733", ">", (0, (1, 0.6))),
 }
 ON = " on "  # "HiCache on UniPC" looks like HiCache, with another line
 # For methods that are not here: each its own colour and marker, for 24 of them.
