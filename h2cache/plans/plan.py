@@ -1,17 +1,21 @@
 """Plans: which steps are computed, and which weights over earlier outputs stand in for the others, as a few KB of JSON.
 
-A plan is made by `h2cache.calibrate` and followed by `h2cache.apply(pipe, PlanConfig(plan))`, which gives the pipeline
-a `PlanScheduler`. What is forecast is the output of the whole model, so that a skipped step runs none of it.
+A plan is made by `h2cache.calibrate`, or by a formula (`Plan.taylor` and others), and followed by
+`h2cache.apply(pipe, PlanConfig(plan))`, which gives the pipeline a `PlanScheduler`. What is forecast is the output of
+the whole model, so that a skipped step runs none of it.
 """
 
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from ..config import CacheConfig
+from ..policy.forecasts import Forecast, Hermite, Taylor
+from .closed_form import adams_bashforth_weights, even_steps, forecast_weights
 from .conditions import Conditions
 
 if TYPE_CHECKING:
@@ -28,7 +32,8 @@ class Plan:
     Fields:
         made_for: the conditions of the calibration; a run under others is refused unless it is allowed.
         computed: the steps that are computed, rising, the first one among them.
-        weights: for every other step, those of the last computed outputs, newest first; they sum to one.
+        weights: for every other step, those of the last computed outputs, newest first; they sum to one. A computed
+            step may have some as well, its own output being the newest; without, it is taken with its output alone.
         notes: how it was made and what it reached; nothing depends on them.
     """
 
@@ -45,11 +50,14 @@ class Plan:
         if not computed or computed[0] != 0 or list(computed) != sorted(set(computed)) or computed[-1] >= steps:
             raise ValueError(f"Plan.computed = {computed}: must be rising steps from 0, below {steps}")
         skipped = sorted(set(range(steps)) - set(computed))
-        if sorted(self.weights) != skipped:
-            raise ValueError(f"Plan.weights is for steps {sorted(self.weights)}: must be for the others, {skipped}")
-        rounded = {step: rounded_weights(self.weights[step]) for step in skipped}
+        if set(skipped) - set(self.weights) or not set(self.weights) <= set(range(steps)):
+            raise ValueError(
+                f"Plan.weights is for steps {sorted(self.weights)}: must be for the others, {skipped}, and may be for "
+                "computed ones"
+            )
+        rounded = {step: rounded_weights(self.weights[step]) for step in sorted(self.weights)}
         for step, weights in rounded.items():
-            before = sum(earlier < step for earlier in computed)
+            before = sum(earlier <= step for earlier in computed)
             sound = 1 <= len(weights) <= before and all(map(math.isfinite, weights))
             if not sound or abs(sum(weights) - 1) > 1e-3:
                 raise ValueError(
@@ -61,6 +69,56 @@ class Plan:
 
     def __hash__(self) -> int:
         return hash((self.made_for, self.computed, tuple(self.weights.items())))
+
+    @classmethod
+    def euler(cls, steps: int) -> Self:
+        """Every step computed: Euler's method with so many steps."""
+        return cls(Conditions(steps=steps), tuple(range(steps)), {})
+
+    @classmethod
+    def reuse(cls, steps: int, computed: int | Sequence[int]) -> Self:
+        """The last output stands in for skipped ones.
+
+        Args:
+            steps: of a run.
+            computed: how many of them are computed, evenly spread; or which.
+        """
+        return cls._forecast(steps, computed, Taylor(0))
+
+    @classmethod
+    def taylor(cls, steps: int, computed: int | Sequence[int], order: int = 1) -> Self:
+        """TaylorSeer's forecast (arXiv 2503.06923), of the model's output; see `reuse`."""
+        return cls._forecast(steps, computed, Taylor(order))
+
+    @classmethod
+    def hermite(cls, steps: int, computed: int | Sequence[int], order: int = 1, sigma: float = 0.5) -> Self:
+        """HiCache's forecast (arXiv 2508.16984), of the model's output; see `reuse`."""
+        return cls._forecast(steps, computed, Hermite(order, sigma))
+
+    @classmethod
+    def adams_bashforth(cls, steps: int, order: int = 2, sigmas: Sequence[float] | None = None) -> Self:
+        """Every step computed, and taken with the last `order` outputs as if they were a polynomial.
+
+        Args:
+            steps: of a run.
+            order: outputs that a step looks back on, its own among them; 1 is Euler's method.
+            sigmas: the noise level at each step, as `pipe.scheduler.sigmas` has them; by default evenly spaced from 1
+                to 0. The weights are right for these alone.
+
+        Raises:
+            ValueError: where `sigmas` are not so many, or do not fall.
+        """
+        levels = [1 - step / steps for step in range(steps)] if sigmas is None else [float(each) for each in sigmas]
+        levels = [*levels[:steps], 0.0] if len(levels) in (steps, steps + 1) else levels
+        if len(levels) != steps + 1 or any(later >= earlier for earlier, later in pairwise(levels)):
+            raise ValueError(f"sigmas = {levels}: must be {steps} falling noise levels above 0")
+        weights = adams_bashforth_weights(levels, order) if order > 1 else {}
+        return cls(Conditions(steps=steps, sigmas=tuple(levels[:-1])), tuple(range(steps)), weights)
+
+    @classmethod
+    def _forecast(cls, steps: int, computed: int | Sequence[int], forecast: Forecast) -> Self:
+        chosen = even_steps(steps, computed)
+        return cls(Conditions(steps=steps), chosen, forecast_weights(steps, chosen, forecast))
 
     @property
     def steps(self) -> int:
@@ -101,6 +159,11 @@ class Plan:
         """
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise ValueError(f"Plan.resampled got steps = {steps!r}: must be an integer >= 1")
+        if steps != self.steps and self.weights.keys() & set(self.computed):
+            raise ValueError(
+                f"this plan has weights at computed steps, which are right for {self.steps} steps alone, not for "
+                f"{steps}"
+            )
         nearest: dict[int, int] = {}  # of the new steps, the computed step that it stands for
         for step in self.computed:
             nearest.setdefault(min(round(step * steps / self.steps), steps - 1), step)

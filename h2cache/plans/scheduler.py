@@ -40,9 +40,10 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
     """Computes the steps of a plan, and makes the skipped steps up to the next computed one in the same `step`.
 
     A step of the run, from noise level sigma to the next, adds `(next sigma - sigma) * v` to the sample. At a computed
-    step v is the model's output. At a skipped one it is `sum_k weights[k] * v_k`, where v_0 is the newest output. The
-    sum is made in float32. A step that has no skipped step after it is the base scheduler's, bit for bit, where sample
-    and output have one dtype. The output is taken as the pipeline hands it over, after guidance.
+    step v is the model's output. At a skipped one, and at a computed one for which the plan has weights, it is
+    `sum_k weights[k] * v_k`, where v_0 is the newest output. The sum is made in float32. A step with neither weights nor
+    a skipped step after it is the base scheduler's, bit for bit, where sample and output have one dtype. The output is
+    taken as the pipeline hands it over, after guidance.
 
     `timesteps` has the m computed timesteps, `sigmas` their noise levels and the last one; `begin_index` and
     `step_index` count in these. `num_inference_steps` is the number of steps of the whole run. Where a run starts in
@@ -249,7 +250,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             self._run_plan.under(Conditions(image_tokens=sample.shape[1]), self.allow_transfer)
         steps = self._run_plan.segment(index)
         outputs = (model_output, *self._history)
-        if len(steps) == 1:
+        if len(steps) == 1 and steps.start not in self._run_plan.weights:
             moved = sample.float() + (self.sigmas[index + 1] - self.sigmas[index]) * model_output
         else:
             moved = sample.float()
@@ -268,9 +269,9 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
 
     def _strides(self, steps: range, known: int) -> list[float]:
         """How far a computed step and the skipped ones after it go along each of `known` outputs, newest first."""
-        strides = [self._levels[steps.start + 1] - self._levels[steps.start]]
-        for step in steps[1:]:
-            weights = normalized(self._run_plan.weights[step][:known])
+        strides: list[float] = []
+        for step in steps:
+            weights = normalized(self._run_plan.weights.get(step, (1.0,))[:known])
             strides += [0.0] * (len(weights) - len(strides))
             for k, weight in enumerate(weights):
                 strides[k] += (self._levels[step + 1] - self._levels[step]) * weight
