@@ -41,9 +41,9 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
 
     A step of the run, from noise level sigma to the next, adds `(next sigma - sigma) * v` to the sample. At a computed
     step v is the model's output. At a skipped one, and at a computed one for which the plan has weights, it is
-    `sum_k weights[k] * v_k`, where v_0 is the newest output. The sum is made in float32. A step with neither weights nor
-    a skipped step after it is the base scheduler's, bit for bit, where sample and output have one dtype. The output is
-    taken as the pipeline hands it over, after guidance.
+    `sum_k weights[k] * v_k`, where v_0 is the newest output. The sum is made in float32. A step without weights, and
+    with no skipped step after it, is the base scheduler's, bit for bit, where sample and output have one dtype. The
+    output is taken as the pipeline hands it over, after guidance.
 
     `timesteps` has the m computed timesteps, `sigmas` their noise levels and the last one; `begin_index` and
     `step_index` count in these. `num_inference_steps` is the number of steps of the whole run. Where a run starts in

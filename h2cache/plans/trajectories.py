@@ -12,6 +12,7 @@ from ..runtime.interception import interception_of
 from .conditions import Conditions, described, digest
 
 DIGITS = 4  # significant ones of a noise level in a plan
+NEEDS_EULER = "h2cache.calibrate needs a scheduler that makes Euler steps, such as FlowMatchEulerDiscreteScheduler"
 TOLERANCE = 1e-2  # of one recorded step, relative, for Euler's rule to be recognised; bfloat16 rounds coarsely
 
 
@@ -19,10 +20,14 @@ TOLERANCE = 1e-2  # of one recorded step, relative, for Euler's rule to be recog
 class Trajectories:
     """The runs of a few prompts, in batches.
 
-    model: the transformer. calls: for each batch the arguments of a call, apart from latents and timestep; sizes: how
-    many prompts it holds. timesteps: of each step, (1,), as the call takes them. sigmas: noise levels, one more than
-    steps. latents: before each step and after the last, (prompts, N, C). decode: final latents to images in 0..1,
-    (prompts, values).
+    Fields:
+        model: the transformer.
+        calls: for each batch the arguments of a call, apart from latents and timestep.
+        sizes: how many prompts each batch holds.
+        timesteps: of each step, (1,), as the call takes them.
+        sigmas: noise levels, one more than steps.
+        latents: of the reference, before each step and after the last, (prompts, N, C).
+        decode: final latents to images in 0..1, (prompts, values).
     """
 
     model: Callable[..., Any]
@@ -81,19 +86,34 @@ class Trajectories:
 
 @torch.no_grad()
 def record(
-    pipe: Any, prompts: Sequence[str], steps: int, seed: int, batch_size: int, **call_arguments: Any
+    pipe: Any,
+    prompts: Sequence[str],
+    steps: int,
+    seed: int,
+    batch_size: int,
+    *,
+    parts: int = 1,
+    **call_arguments: Any,
 ) -> Trajectories:
     """Run the pipeline on the prompts, prompt i with the noise of `seed + i`.
 
-    ValueError where it does not call its transformer once a step, or its scheduler's step is not Euler's.
+    Args:
+        parts: that each step is divided into, each of which calls the model. Only where the steps begin is recorded:
+            with many parts these are latents on the way to the converged solution.
+
+    Raises:
+        ValueError: where it does not call its transformer once a step, or its scheduler's step is not Euler's.
     """
-    from .scheduler import PlanScheduler  # only here: diffusers' schedulers take long to import
+    from .divided import Divided  # only here: diffusers' schedulers take long to import
+    from .scheduler import PlanScheduler
 
     if interception_of(pipe.transformer) is not None or isinstance(pipe.scheduler, PlanScheduler):
         raise ValueError(
             "h2cache.calibrate needs the uncached pipeline: remove the cache or the plan that it has first"
         )
-    seen = _Calls()
+    own, seen = pipe.scheduler, _Calls(parts)
+    if parts > 1:
+        pipe.scheduler = Divided.of(own, parts)
     hook = pipe.transformer.register_forward_hook(seen, with_kwargs=True)
     calls, sizes, latents, final = [], [], [], []
     try:
@@ -104,17 +124,20 @@ def record(
             final.append(
                 pipe(part, generator=generators, num_inference_steps=steps, output_type="latent", **call_arguments)[0]
             )
-            if len(seen.latents) != steps:
+            if seen.count != steps * parts:
                 raise ValueError(
-                    f"h2cache.calibrate saw {len(seen.latents)} calls of the transformer in {steps} steps: it needs "
+                    f"h2cache.calibrate saw {seen.count} calls of the transformer in {steps * parts} steps: it needs "
                     "one a step (calibrate without true_cfg_scale; the plan serves both branches)"
                 )
             calls.append(seen.arguments)
             sizes.append(len(part))
             latents.append(list(seen.latents))
+        used = pipe.scheduler
     finally:
         hook.remove()
-    sigmas = pipe.scheduler.sigmas.tolist()[-steps - 1 :]
+        pipe.scheduler = own
+    sigmas = used.sigmas.tolist()[-steps * parts - 1 :]
+    first_stride, sigmas = sigmas[1] - sigmas[0], sigmas[::parts]
     whole = [torch.cat(parts) for parts in zip(*latents, strict=True)] + [torch.cat(final)]
     guidance = getattr(pipe, "guidance_scale", None)
     levels = tuple(float(f"{sigma:.{DIGITS}g}") for sigma in sigmas[:-1])
@@ -123,42 +146,49 @@ def record(
     trajectories = Trajectories(
         pipe.transformer, conditions, calls, sizes, seen.timesteps, sigmas, whole, decoder(pipe, call_arguments)
     )
-    _check_euler(trajectories, seen.first_output)
+    last = slice(-sizes[-1], None)
+    _check_euler(whole[0][last], first_stride, seen)
     return trajectories
 
 
 class _Calls:
-    """Listens to the calls of a transformer."""
+    """Listens to the calls of a transformer, and keeps what every `every`-th began with."""
 
-    def __init__(self) -> None:
+    def __init__(self, every: int) -> None:
+        self.every = every
         self.clear()
 
     def clear(self) -> None:
+        self.count = 0
         self.latents: list[Tensor] = []
         self.timesteps: list[Tensor] = []
         self.arguments: dict[str, Any] = {}
         self.first_output: Tensor | None = None
+        self.second_latents: Tensor | None = None
 
     def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if args:
             raise ValueError("h2cache.calibrate works with pipelines that call their transformer with keywords")
         own = dict(kwargs)
-        self.latents.append(own.pop("hidden_states"))
-        self.timesteps.append(own.pop("timestep")[:1])
+        latents, timestep = own.pop("hidden_states"), own.pop("timestep")[:1]
         self.arguments = own
-        if self.first_output is None:
+        if self.count % self.every == 0:
+            self.latents.append(latents)
+            self.timesteps.append(timestep)
+        if self.count == 0:
             self.first_output = output[0]
+        elif self.count == 1:
+            self.second_latents = latents
+        self.count += 1
 
 
-def _check_euler(trajectories: Trajectories, output: Tensor) -> None:
-    """Whether a recorded step is the one that `advance` makes; `output` is the first one of the last batch."""
-    rows = slice(-len(output), None)
-    before, after = (latents[rows].float() for latents in trajectories.latents[:2])
-    predicted = trajectories.advance(0, before, output)
-    if (predicted - after).norm() > TOLERANCE * (after - before).norm():
-        raise ValueError(
-            "h2cache.calibrate needs a scheduler that makes Euler steps, such as FlowMatchEulerDiscreteScheduler"
-        )
+def _check_euler(before: Tensor, stride: float, seen: _Calls) -> None:
+    """Whether the first step of a batch from the latents `before` is Euler's, of this length in noise levels."""
+    if seen.second_latents is None:
+        return
+    moved = seen.second_latents.float() - before.float()
+    if (moved - stride * seen.first_output.float()).norm() > TOLERANCE * moved.norm():
+        raise ValueError(NEEDS_EULER)
 
 
 def decoder(pipe: Any, call_arguments: dict[str, Any], at_once: int = 4) -> Callable[[Tensor], Tensor]:
