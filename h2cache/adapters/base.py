@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..policy.probes import ModulatedInput
 from ..policy.stages import Stage
-from .block_call import ONE_STREAM, BlockCall, BlockInterface, JoinedBlockCall, parameter_names, plain
+from .block_call import ONE_STREAM, BlockCall, BlockInterface, JoinedBlockCall, arguments_by_name, plain
 
 
 class Role(StrEnum):
@@ -174,8 +174,12 @@ class Adapter:
         return block.norm1(arguments["hidden_states"], emb=arguments["temb"])[0]
 
     def timestep(self, given: dict[str, Any]) -> Tensor:
-        """(B,) or (1,): the timestep as one number a sample, falling along a run."""
-        return given["timestep"].reshape(-1)
+        """(B,) or (1,): the timestep as one number a sample, falling along a run.
+
+        Of a timestep for each token the largest: given tokens, such as those of a first frame, have smaller ones.
+        """
+        timestep = given["timestep"]
+        return timestep.amax(dim=1) if timestep.ndim == 2 else timestep.reshape(-1)
 
     def latents(self, given: dict[str, Any]) -> tuple[Tensor, int]:
         """The tensor that names the input of the step, and the number of samples."""
@@ -184,7 +188,10 @@ class Adapter:
 
     def model_call(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> ModelCall:
         """What a call of the model says about its run."""
-        given = dict(zip(parameter_names(transformer), args, strict=False)) | kwargs if args else kwargs
+        return self.describe(arguments_by_name(transformer, args, kwargs))
+
+    def describe(self, given: dict[str, Any]) -> ModelCall:
+        """The same of the arguments of a call, by name."""
         hidden_states, batch = self.latents(given)
         return ModelCall(
             hidden_states=hidden_states,
@@ -210,6 +217,34 @@ class Adapter:
         """Modules that hide blocks, and what is done in place of their calls: `run(loop, original_forward, args,
         kwargs)` calls the blocks one by one, where `original_forward(*args, **kwargs)` would run them unseen."""
         return {}
+
+
+def modules_named(
+    block: nn.Module,
+    *names: str,
+    image_mlp: str | None = None,
+    text_mlp: str | None = None,
+    upstream_only: tuple[str, ...] = (),
+) -> BlockModules:
+    """The modules of `block` by their names: `names` and the MLPs of one stream can be forecast.
+
+    Those that this block does not have are left out.
+    """
+    inside = plain(block)._modules
+    forecast = [inside.get(name) for name in (*names, image_mlp, text_mlp)]
+    return BlockModules(
+        forecast=tuple(module for module in forecast if module is not None),
+        upstream_only=tuple(inside[name] for name in upstream_only),
+        image_mlp=inside.get(image_mlp),
+        text_mlp=inside.get(text_mlp),
+    )
+
+
+def double_or_single(block: nn.Module) -> BlockModules:
+    """The modules of a block of Flux's kind: a single one projects attention and MLP together."""
+    if hasattr(plain(block), "ff_context"):
+        return modules_named(block, "attn", image_mlp="ff", text_mlp="ff_context")
+    return modules_named(block, "proj_out", upstream_only=("attn", "proj_mlp"))
 
 
 def flattened(values: Any) -> list[Tensor]:

@@ -39,6 +39,11 @@ def parameter_names(module: torch.nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(type(plain(module)).forward).parameters)[1:]
 
 
+def arguments_by_name(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of a module's forward."""
+    return dict(zip(parameter_names(module), args, strict=False)) | kwargs if args else kwargs
+
+
 @dataclass(frozen=True)
 class BlockInterface:
     """What one kind of block takes and returns.
@@ -113,7 +118,8 @@ class BlockCall:
 
     def unchanged(self, arguments: dict[str, Any]) -> Any:
         """What the block returns when it is skipped: its input."""
-        return self.result(tuple(arguments[name] for name in self.interface.streams))
+        streams = tuple(arguments[name] for name in self.interface.streams)
+        return self.result(streams) if self.returns_tuple else streams[0]
 
     def clone_if_aliased(self, streams: Streams) -> Streams:
         """The streams, safe from what the model may do in place to the block's output."""
@@ -142,7 +148,7 @@ class JoinedBlockCall(BlockCall):
     """A block on one tensor [text; image] of shape (B, M+N, D), seen as the two streams that it holds."""
 
     def read(self, arguments: dict[str, Any], text_tokens: int) -> Streams:
-        return self.parse(arguments["hidden_states"], text_tokens)
+        return self.parse(arguments[self.interface.streams[0]], text_tokens)
 
     def returned(self, streams: Streams) -> Streams:
         return streams
@@ -152,9 +158,6 @@ class JoinedBlockCall(BlockCall):
 
     def result(self, streams: Streams) -> Tensor:
         return torch.cat([streams[1], streams[0]], dim=1)
-
-    def unchanged(self, arguments: dict[str, Any]) -> Tensor:
-        return arguments["hidden_states"]
 
     def clone_if_aliased(self, streams: Streams) -> Streams:
         # ControlNet samples are added to the image part of the one tensor, in place.

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import Adapter, BlockList, BlockModules
-from .block_call import BlockInterface, plain
+from .base import Adapter, BlockList, BlockModules, modules_named
+from .block_call import BlockInterface
 
 BLOCK = BlockInterface(returns=(0, 1), per_sample=("temb",))
 
@@ -29,5 +29,4 @@ class CogVideoXAdapter(Adapter):
         return block.norm1(*(arguments[name] for name in names))[0]
 
     def modules(self, block: nn.Module) -> BlockModules:
-        inside = plain(block)
-        return BlockModules(forecast=(inside.attn1, inside.ff))
+        return modules_named(block, "attn1", "ff")

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import Adapter, BlockList, BlockModules
-from .block_call import BlockInterface, plain
+from .base import Adapter, BlockList, BlockModules, modules_named
+from .block_call import BlockInterface
 
 BLOCK = BlockInterface(streams=("hidden_states",), returns=None, per_sample=("timestep", "class_labels"))
 
@@ -30,5 +30,4 @@ class DiTAdapter(Adapter):
         )[0]
 
     def modules(self, block: nn.Module) -> BlockModules:
-        inside = plain(block)
-        return BlockModules(forecast=(inside.attn1, inside.ff), image_mlp=inside.ff)
+        return modules_named(block, "attn1", image_mlp="ff")

@@ -5,15 +5,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import Adapter, BlockList, BlockModules, Role
-from .block_call import BlockCall, BlockInterface, JoinedBlockCall, parameter_names, plain
+from .base import Adapter, BlockList, BlockModules, Role, double_or_single
+from .block_call import BlockCall, BlockInterface, JoinedBlockCall, parameter_names
 
 # The classes whose tables depend on the position ids alone; nunchaku's are V1's and V2's.
 ROTARY = (("diffusers", "FluxPosEmbed"), ("nunchaku", "EmbedND"), ("nunchaku", "NunchakuFluxPosEmbed"))
-JOINT = BlockInterface(returns=(1, 0), per_sample=("temb", "joint_attention_kwargs"))
-JOINED = BlockInterface(
-    streams=("hidden_states",), returns=None, per_sample=("temb", "joint_attention_kwargs"), joined=True
-)
+PER_SAMPLE = ("temb", "joint_attention_kwargs", "attention_mask")
+JOINT = BlockInterface(per_sample=PER_SAMPLE)
+JOINED = BlockInterface(streams=("hidden_states",), returns=None, per_sample=PER_SAMPLE, joined=True)
 
 
 class FluxAdapter(Adapter):
@@ -39,13 +38,7 @@ class FluxAdapter(Adapter):
         return JoinedBlockCall(block, JOINED)
 
     def modules(self, block: nn.Module) -> BlockModules:
-        inside = plain(block)
-        if hasattr(inside, "ff_context"):
-            return BlockModules(
-                forecast=(inside.attn, inside.ff, inside.ff_context), image_mlp=inside.ff, text_mlp=inside.ff_context
-            )
-        # A single block projects attention and MLP together.
-        return BlockModules(forecast=(inside.proj_out,), upstream_only=(inside.attn, inside.proj_mlp))
+        return double_or_single(block)
 
     def position_modules(self, transformer: nn.Module) -> Sequence[nn.Module]:
         # By class, for there are embeddings that take this one's place and follow the timestep.

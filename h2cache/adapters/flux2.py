@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import Adapter, BlockList, BlockModules, Role
-from .block_call import BlockCall, BlockInterface, JoinedBlockCall, Rows, plain, select_rows
+from .base import Adapter, BlockList, BlockModules, Role, modules_named
+from .block_call import BlockCall, BlockInterface, JoinedBlockCall, Rows, select_rows
 
 DOUBLE = BlockInterface(per_sample=("temb_mod_img", "temb_mod_txt", "joint_attention_kwargs"))
 SINGLE = BlockInterface(
@@ -47,12 +47,7 @@ class Flux2Adapter(Adapter):
         return (1 + scale) * block.norm1(arguments["hidden_states"]) + shift
 
     def modules(self, block: nn.Module) -> BlockModules:
-        inside = plain(block)
-        if not hasattr(inside, "ff_context"):
-            return BlockModules(forecast=(inside.attn,))  # attention and MLP are projected together
-        return BlockModules(
-            forecast=(inside.attn, inside.ff, inside.ff_context), image_mlp=inside.ff, text_mlp=inside.ff_context
-        )
+        return modules_named(block, "attn", image_mlp="ff", text_mlp="ff_context")
 
 
 class Flux2BlockCall(BlockCall):

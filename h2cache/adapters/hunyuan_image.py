@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from .base import Adapter, BlockList, BlockModules, Role
-from .block_call import BlockInterface, plain
+from .base import Adapter, BlockList, BlockModules, Role, double_or_single
+from .block_call import BlockInterface
 
 BLOCK = BlockInterface(returns=(0, 1), per_sample=("temb", "attention_mask"))
 
@@ -27,10 +27,4 @@ class HunyuanImageAdapter(Adapter):
     branch_arguments = ("encoder_hidden_states", "encoder_hidden_states_2")
 
     def modules(self, block: nn.Module) -> BlockModules:
-        inside = plain(block)
-        if hasattr(inside, "ff_context"):
-            return BlockModules(
-                forecast=(inside.attn, inside.ff, inside.ff_context), image_mlp=inside.ff, text_mlp=inside.ff_context
-            )
-        # A single block projects attention, which returns two tensors, and MLP together.
-        return BlockModules(forecast=(inside.proj_out,), upstream_only=(inside.attn, inside.proj_mlp))
+        return double_or_single(block)

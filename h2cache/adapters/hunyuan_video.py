@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import Adapter, BlockList, BlockModules, Role
-from .block_call import BlockInterface, parameter_names, plain
+from .base import Adapter, BlockList, BlockModules, Role, double_or_single
+from .block_call import BlockInterface, parameter_names
 
 BLOCK = BlockInterface(returns=(0, 1), per_sample=("temb", "attention_mask", "token_replace_emb"))
 
@@ -37,10 +37,4 @@ class HunyuanVideoAdapter(Adapter):
         return block.norm1(*(arguments[name] for name in names))[0]
 
     def modules(self, block: nn.Module) -> BlockModules:
-        inside = plain(block)
-        if hasattr(inside, "ff_context"):
-            return BlockModules(
-                forecast=(inside.attn, inside.ff, inside.ff_context), image_mlp=inside.ff, text_mlp=inside.ff_context
-            )
-        # A single block projects attention and MLP together.
-        return BlockModules(forecast=(inside.proj_out,), upstream_only=(inside.attn, inside.proj_mlp))
+        return double_or_single(block)

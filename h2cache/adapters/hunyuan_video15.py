@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from .base import Adapter, BlockList, BlockModules
-from .block_call import BlockInterface, plain
+from .base import Adapter, BlockList, BlockModules, modules_named
+from .block_call import BlockInterface
 
 BLOCK = BlockInterface(returns=(0, 1), per_sample=("temb", "attention_mask"))
 
@@ -23,7 +23,4 @@ class HunyuanVideo15Adapter(Adapter):
     branch_arguments = ("encoder_hidden_states", "encoder_hidden_states_2")
 
     def modules(self, block: nn.Module) -> BlockModules:
-        inside = plain(block)
-        return BlockModules(
-            forecast=(inside.attn, inside.ff, inside.ff_context), image_mlp=inside.ff, text_mlp=inside.ff_context
-        )
+        return modules_named(block, "attn", image_mlp="ff", text_mlp="ff_context")

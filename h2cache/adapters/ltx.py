@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import Adapter, BlockList, BlockModules
-from .block_call import BlockInterface, plain
+from .base import Adapter, BlockList, BlockModules, modules_named
+from .block_call import BlockInterface
 
 BLOCK = BlockInterface(
     streams=("hidden_states",),
@@ -29,10 +29,6 @@ class LTXAdapter(Adapter):
     block_lists = (BlockList("transformer_blocks", interface=BLOCK),)
     run_arguments = ("video_coords", "rope_interpolation_scale")
 
-    def timestep(self, given: dict[str, Any]) -> Tensor:
-        timestep = given["timestep"]
-        return timestep.amax(dim=1) if timestep.ndim == 2 else timestep.reshape(-1)
-
     def modulated(self, block: nn.Module, arguments: dict[str, Any]) -> Tensor:
         hidden_states, temb = arguments["hidden_states"], arguments["temb"]
         # (B, 1 or N, 6, D)
@@ -41,5 +37,4 @@ class LTXAdapter(Adapter):
         return block.norm1(hidden_states) * (1 + scale) + shift
 
     def modules(self, block: nn.Module) -> BlockModules:
-        inside = plain(block)
-        return BlockModules(forecast=(inside.attn1, inside.attn2, inside.ff), image_mlp=inside.ff)
+        return modules_named(block, "attn1", "attn2", image_mlp="ff")

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import Adapter, BlockList, BlockModules
-from .block_call import BlockInterface, plain
+from .base import Adapter, BlockList, BlockModules, modules_named
+from .block_call import BlockInterface
 
 BLOCK = BlockInterface(
     streams=("hidden_states",), returns=None, per_sample=("attention_mask", "image_rotary_emb", "temb")
@@ -34,5 +34,4 @@ class Lumina2Adapter(Adapter):
         return block.norm1(arguments["hidden_states"], arguments["temb"])[0]
 
     def modules(self, block: nn.Module) -> BlockModules:
-        inside = plain(block)
-        return BlockModules(forecast=(inside.attn, inside.feed_forward), image_mlp=inside.feed_forward)
+        return modules_named(block, "attn", image_mlp="feed_forward")

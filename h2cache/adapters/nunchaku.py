@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..policy.stages import ModuleStage, Stage
 from .base import Adapter, BlockLoop, BlockModules, ModelCall, Role, RunBlocks
-from .block_call import BlockCall, parameter_names, plain
+from .block_call import BlockCall, arguments_by_name, plain
 from .flux import FluxAdapter
 from .nunchaku_layers import Identity, ImagePrompt, LayerCall, Rotary, layers
 from .qwen_image import QwenImageAdapter
@@ -25,18 +25,35 @@ FRONT, IMAGE_ADAPTER = "NunchakuFluxTransformerBlocks", "IPA_TransformerBlocks" 
 SAMPLES = ((Role.STRUCTURE, "controlnet_block_samples"), (Role.DETAIL, "controlnet_single_block_samples"))
 
 
-class LimitedBatch(Adapter):
-    """A transformer whose kernels take a limited batch. With more they end the process, which an error here prevents.
+class NunchakuAdapter(Adapter):
+    """A transformer with nunchaku's kernels.
 
     Class attributes:
-        largest_batch: the number of samples that a call may have.
+        largest_batch: the number of samples that a call may have. With more the kernels end the process, which an error
+            here prevents.
+        hides_modules: why the modules inside a block cannot be skipped; empty where they can.
     """
 
     library = "nunchaku"
     largest_batch: int
+    hides_modules = ""
 
-    def model_call(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> ModelCall:
-        call = super().model_call(transformer, args, kwargs)
+    def check(self, stages: Sequence[Stage]) -> None:
+        super().check(stages)
+        for stage in stages:
+            if not (self.hides_modules and isinstance(stage, ModuleStage)):
+                continue
+            if stage.clusters is None:
+                refused, instead = "the modules inside a block cannot be skipped one by one", ""
+            else:
+                refused = "no cluster can refresh it (ClusCa)"
+                instead = (
+                    "H2CacheConfig, BlockCacheConfig or TeaCacheConfig, or TaylorSeerConfig or HiCacheConfig with "
+                )
+            raise ValueError(f'{self.family} {self.hides_modules}, so that {refused}: use {instead}granularity="stage"')
+
+    def describe(self, given: dict[str, Any]) -> ModelCall:
+        call = super().describe(given)
         if call.batch > self.largest_batch:
             raise ValueError(
                 f"the kernels of {self.family} take a batch of at most {self.largest_batch}, not of {call.batch}: "
@@ -45,7 +62,7 @@ class LimitedBatch(Adapter):
         return call
 
 
-class NunchakuFluxV2(LimitedBatch, FluxAdapter):
+class NunchakuFluxV2(NunchakuAdapter, FluxAdapter):
     """`NunchakuFluxTransformer2DModelV2`: diffusers' transformer with blocks of its own, called as older diffusers'.
 
     A single block's MLP is one fused kernel that takes the weights of its layers and calls neither of them.
@@ -54,13 +71,10 @@ class NunchakuFluxV2(LimitedBatch, FluxAdapter):
     family = "nunchaku's FLUX.1 (NunchakuFluxTransformer2DModelV2)"
     classes = ("NunchakuFluxTransformer2DModelV2",)
     largest_batch = 1
-
-    def check(self, stages: Sequence[Stage]) -> None:
-        super().check(stages)
-        refuse_modules(stages, self.family, "fuses the MLP of a block into one kernel")
+    hides_modules = "fuses the MLP of a block into one kernel"
 
 
-class NunchakuQwenImage(LimitedBatch, QwenImageAdapter):
+class NunchakuQwenImage(NunchakuAdapter, QwenImageAdapter):
     """`NunchakuQwenImageTransformer2DModel`: diffusers' transformer with blocks of its own."""
 
     family = "nunchaku's Qwen-Image (NunchakuQwenImageTransformer2DModel)"
@@ -68,7 +82,7 @@ class NunchakuQwenImage(LimitedBatch, QwenImageAdapter):
     largest_batch = 8
 
 
-class NunchakuZImage(LimitedBatch, ZImageAdapter):
+class NunchakuZImage(NunchakuAdapter, ZImageAdapter):
     """`NunchakuZImageTransformer2DModel`: diffusers' blocks with attention and MLPs of its own."""
 
     family = "nunchaku's Z-Image (NunchakuZImageTransformer2DModel)"
@@ -76,7 +90,7 @@ class NunchakuZImage(LimitedBatch, ZImageAdapter):
     largest_batch = 1
 
 
-class NunchakuFluxV1(LimitedBatch, FluxAdapter):
+class NunchakuFluxV1(NunchakuAdapter, FluxAdapter):
     """`NunchakuFluxTransformer2dModel`: all blocks in one C++ core, behind `transformer_blocks[0]`.
 
     The core runs single layers on demand, which is what the blocks here are (`nunchaku_layers.py`). Calls of the module
@@ -87,14 +101,11 @@ class NunchakuFluxV1(LimitedBatch, FluxAdapter):
     family = "nunchaku's FLUX.1 (NunchakuFluxTransformer2dModel)"
     classes = ("NunchakuFluxTransformer2dModel",)
     largest_batch = 8
+    hides_modules = "runs its blocks in one C++ core"
 
     def __init__(self) -> None:
         self._front: nn.Module | None = None
         self._lists: dict[Role, list[nn.Module]] = {}
-
-    def check(self, stages: Sequence[Stage]) -> None:
-        super().check(stages)
-        refuse_modules(stages, self.family, "runs its blocks in one C++ core")
 
     def blocks(self, transformer: nn.Module) -> dict[Role, list[nn.Module]]:
         front = front_of(transformer)
@@ -124,7 +135,7 @@ class NunchakuFluxV1(LimitedBatch, FluxAdapter):
         kwargs: dict[str, Any],
     ) -> Any:
         """A call of the module in front of the core, block by block; it returns (text, image)."""
-        given = dict(zip(parameter_names(front), args, strict=False)) | kwargs
+        given = arguments_by_name(front, args, kwargs)
         if left_to_nunchaku(front, given):
             return original_forward(*args, **kwargs)
         prompted = is_image_adapter(front)
@@ -252,19 +263,3 @@ def identity_of(front: nn.Module, given: dict[str, Any]) -> Identity | None:
 def padded(table: Tensor) -> Tensor:
     """A rotary table (1, tokens, head_dim / 2, 1, 2) with zeros behind, up to a multiple of the tile."""
     return F.pad(table, (0, 0, 0, 0, 0, 0, 0, -table.shape[1] % TILE))
-
-
-def refuse_modules(stages: Sequence[Stage], model: str, reason: str) -> None:
-    """ValueError for a method that skips modules inside blocks, naming what is there instead."""
-    for stage in stages:
-        if not isinstance(stage, ModuleStage):
-            continue
-        if stage.clusters is not None:
-            raise ValueError(
-                f"{model} {reason}, so that no cluster can refresh it (ClusCa): use H2CacheConfig, BlockCacheConfig or "
-                'TeaCacheConfig, or TaylorSeerConfig or HiCacheConfig with granularity="stage"'
-            )
-        raise ValueError(
-            f"{model} {reason}, so that the modules inside a block cannot be skipped one by one: use "
-            'granularity="stage"'
-        )

@@ -1,11 +1,14 @@
 """Caches of other libraries on the same transformer: two caches would stack, and neither would know."""
 
-from torch import nn
+from collections.abc import Callable, Iterator
 
-from .nunchaku_caches import removal_of_nunchaku_cache
+from torch import nn
 
 # Of the files in diffusers.hooks, those that hold a cache end in this, or are this one.
 DIFFUSERS_CACHES = ("_cache", "pyramid_attention_broadcast")
+# The modules that the forwards of nunchaku's caches are from. They may lie below that of an IP-Adapter or of a hook.
+NUNCHAKU_TEACACHE, NUNCHAKU_CACHES = "nunchaku.caching.teacache", "nunchaku.caching."
+FORGET = "transformer._is_cached = False"  # nunchaku leaves this on what was cached once
 
 
 def refuse_other_caches(transformer: nn.Module) -> None:
@@ -50,3 +53,30 @@ def refuse(transformer: nn.Module, what: str, removal: str) -> None:
         f"{type(transformer).__name__} has {what}, and two caches do not work together: remove one, by {removal} or by "
         "handle.remove()"
     )
+
+
+def removal_of_nunchaku_cache(transformer: nn.Module) -> str | None:
+    """The code that removes one of nunchaku's caches from the transformer; None where there is none."""
+    for forward in forwards_on(transformer):
+        module = getattr(forward, "__globals__", {}).get("__name__", "")
+        if module == NUNCHAKU_TEACACHE:
+            return "leaving the block of `with TeaCache(...)`"
+        if module.startswith(NUNCHAKU_CACHES):
+            return f"transformer.forward = transformer._original_forward and {FORGET}"
+    if vars(transformer).get("_is_cached") and is_inside_ip_adapter(transformer):
+        return f"transformer.transformer_blocks[0].update_residual_diff_threshold(False, -1, -1) and {FORGET}"
+    return None
+
+
+def forwards_on(transformer: nn.Module) -> Iterator[Callable]:
+    """What was put in the place of the class's forward on this instance, the outermost first."""
+    forward = vars(transformer).get("forward")
+    while forward is not None:
+        yield forward
+        forward = getattr(forward, "__wrapped__", None)
+
+
+def is_inside_ip_adapter(transformer: nn.Module) -> bool:
+    """Whether an IP-Adapter has taken over a cache that had run on the transformer."""
+    front = next(iter(transformer._modules.get("transformer_blocks") or ()), None)
+    return getattr(front, "residual_diff_threshold_multi", 0) > 0

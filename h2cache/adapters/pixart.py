@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import Adapter, BlockList, BlockModules
-from .block_call import BlockInterface, plain
+from .base import Adapter, BlockList, BlockModules, modules_named
+from .block_call import BlockInterface
 
 PER_SAMPLE = ("attention_mask", "encoder_hidden_states", "encoder_attention_mask", "timestep")
 BLOCK = BlockInterface(streams=("hidden_states",), returns=None, per_sample=(*PER_SAMPLE, "cross_attention_kwargs"))
@@ -27,8 +27,7 @@ class PixArtAdapter(Adapter):
         return modulated_by_table(block, arguments)
 
     def modules(self, block: nn.Module) -> BlockModules:
-        inside = plain(block)
-        return BlockModules(forecast=(inside.attn1, inside.attn2, inside.ff), image_mlp=inside.ff)
+        return modules_named(block, "attn1", "attn2", image_mlp="ff")
 
 
 def modulated_by_table(block: nn.Module, arguments: dict[str, Any]) -> Tensor:

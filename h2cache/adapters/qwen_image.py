@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import Adapter, BlockList, BlockModules, Role
-from .block_call import BlockInterface, plain
+from .base import Adapter, BlockList, BlockModules, Role, modules_named
+from .block_call import BlockInterface
 
 BLOCK = BlockInterface(
     per_sample=("encoder_hidden_states_mask", "temb", "joint_attention_kwargs", "modulate_index"),
@@ -48,7 +48,4 @@ class QwenImageAdapter(Adapter):
         return block._modulate(normed, of_attention, *(() if index is None else (index,)))[0]
 
     def modules(self, block: nn.Module) -> BlockModules:
-        inside = plain(block)
-        return BlockModules(
-            forecast=(inside.attn, inside.img_mlp, inside.txt_mlp), image_mlp=inside.img_mlp, text_mlp=inside.txt_mlp
-        )
+        return modules_named(block, "attn", image_mlp="img_mlp", text_mlp="txt_mlp")

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import Adapter, BlockList, BlockModules, ModelCall
-from .block_call import BlockInterface, plain
+from .base import Adapter, BlockList, BlockModules, ModelCall, modules_named
+from .block_call import BlockInterface
 from .pixart import PER_SAMPLE, modulated_by_table
 
 BLOCK = BlockInterface(streams=("hidden_states",), returns=None, per_sample=PER_SAMPLE)
@@ -28,13 +28,12 @@ class SanaAdapter(Adapter):
     branch_arguments = ("encoder_hidden_states", "encoder_attention_mask")
     control_arguments = ("controlnet_block_samples",)
 
-    def model_call(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> ModelCall:
-        call = super().model_call(transformer, args, kwargs)
+    def describe(self, given: dict[str, Any]) -> ModelCall:
+        call = super().describe(given)
         return call._replace(branch=call.branch[-1:])  # the embeddings only where there is no mask
 
     def modulated(self, block: nn.Module, arguments: dict[str, Any]) -> Tensor:
         return modulated_by_table(block, arguments).type_as(arguments["hidden_states"])
 
     def modules(self, block: nn.Module) -> BlockModules:
-        inside = plain(block)
-        return BlockModules(forecast=(inside.attn1, inside.attn2, inside.ff))
+        return modules_named(block, "attn1", "attn2", "ff")

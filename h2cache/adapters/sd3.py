@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import nn
 
-from .base import Adapter, BlockList, BlockModules, ModelCall, Role
-from .block_call import BlockCall, BlockInterface, parameter_names, plain
+from .base import Adapter, BlockList, BlockModules, ModelCall, Role, modules_named
+from .block_call import BlockCall, BlockInterface, plain
 
 PER_SAMPLE = ("temb", "joint_attention_kwargs")
 BLOCK = BlockInterface(per_sample=PER_SAMPLE)
@@ -31,20 +31,13 @@ class SD3Adapter(Adapter):
     def block_call(self, role: Role, block: nn.Module) -> BlockCall:
         return BlockCall(block, LAST if plain(block).context_pre_only else BLOCK)
 
-    def model_call(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> ModelCall:
-        given = dict(zip(parameter_names(transformer), args, strict=False)) | kwargs
+    def describe(self, given: dict[str, Any]) -> ModelCall:
         if given.get("skip_layers"):
             raise ValueError(
                 "skip_layers leaves blocks out that a cache counts on: call the pipeline without skip_guidance_layers, "
                 "or remove the cache"
             )
-        return super().model_call(transformer, (), given)
+        return super().describe(given)
 
     def modules(self, block: nn.Module) -> BlockModules:
-        inside = plain(block)
-        modules = (inside.attn, inside.attn2, inside.ff, inside.ff_context)
-        return BlockModules(
-            forecast=tuple(module for module in modules if module is not None),
-            image_mlp=inside.ff,
-            text_mlp=inside.ff_context,
-        )
+        return modules_named(block, "attn", "attn2", image_mlp="ff", text_mlp="ff_context")

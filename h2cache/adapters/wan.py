@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import Adapter, BlockList, BlockModules
-from .block_call import BlockInterface, plain
+from .base import Adapter, BlockList, BlockModules, modules_named
+from .block_call import BlockInterface
 
 BLOCK = BlockInterface(streams=("hidden_states",), returns=None, per_sample=("encoder_hidden_states", "temb"))
 
@@ -24,10 +24,6 @@ class WanAdapter(Adapter):
     classes = ("WanTransformer3DModel",)
     block_lists = (BlockList("blocks", interface=BLOCK),)
 
-    def timestep(self, given: dict[str, Any]) -> Tensor:
-        timestep = given["timestep"]
-        return timestep.amax(dim=1) if timestep.ndim == 2 else timestep.reshape(-1)
-
     def modulated(self, block: nn.Module, arguments: dict[str, Any]) -> Tensor:
         hidden_states, temb = arguments["hidden_states"], arguments["temb"].float()
         # (B, 1 or N, 6, D)
@@ -35,5 +31,4 @@ class WanAdapter(Adapter):
         return (block.norm1(hidden_states.float()) * (1 + scale) + shift).type_as(hidden_states)
 
     def modules(self, block: nn.Module) -> BlockModules:
-        inside = plain(block)
-        return BlockModules(forecast=(inside.attn1, inside.attn2, inside.ffn), image_mlp=inside.ffn)
+        return modules_named(block, "attn1", "attn2", image_mlp="ffn")

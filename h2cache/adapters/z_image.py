@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Adapter, BlockList, BlockModules, ModelCall, Role, flattened
-from .block_call import BlockCall, BlockInterface, JoinedBlockCall, Streams, parameter_names, plain
+from .base import Adapter, BlockList, BlockModules, ModelCall, Role, flattened, modules_named
+from .block_call import BlockCall, BlockInterface, JoinedBlockCall, Streams
 
 BLOCK = BlockInterface(
     streams=("x",),
@@ -48,9 +48,8 @@ class ZImageAdapter(Adapter):
     def latents(self, given: dict[str, Any]) -> tuple[Tensor, int]:
         return flattened(given["x"])[0], len(given["x"])
 
-    def model_call(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> ModelCall:
-        given = dict(zip(parameter_names(transformer), args, strict=False)) | kwargs
-        call = super().model_call(transformer, (), given)
+    def describe(self, given: dict[str, Any]) -> ModelCall:
+        call = super().describe(given)
         if isinstance(given["x"][0], list):  # omni: the image stands between others
             return call
         longest = max(len(text) for text in given["cap_feats"])
@@ -68,15 +67,11 @@ class ZImageAdapter(Adapter):
         return block.attention_norm1(arguments["x"]) * (1 + scales)
 
     def modules(self, block: nn.Module) -> BlockModules:
-        inside = plain(block)
-        return BlockModules(forecast=(inside.attention, inside.feed_forward))
+        return modules_named(block, "attention", "feed_forward")
 
 
 class ImageFirstBlockCall(JoinedBlockCall):
     """A block on one tensor [image; text] of shape (B, N+M, D), seen as the two streams that it holds."""
-
-    def read(self, arguments: dict[str, Any], text_tokens: int) -> Streams:
-        return self.parse(arguments["x"], text_tokens)
 
     def parse(self, output: Tensor, text_tokens: int) -> Streams:
         image_tokens = output.shape[1] - text_tokens
@@ -84,9 +79,6 @@ class ImageFirstBlockCall(JoinedBlockCall):
 
     def result(self, streams: Streams) -> Tensor:
         return torch.cat(streams, dim=1)
-
-    def unchanged(self, arguments: dict[str, Any]) -> Tensor:
-        return arguments["x"]
 
     def clone_if_aliased(self, streams: Streams) -> Streams:
         return streams  # ControlNet samples make a new tensor

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..adapters.base import Adapter, BlockLoop, ModelCall, RunBlocks
-from ..adapters.block_call import parameter_names
+from ..adapters.block_call import arguments_by_name
 from ..adapters.other_caches import refuse_hooked_caches, refuse_other_caches
 from ..config import CacheConfig
 from ..trace import Trace
@@ -146,8 +146,8 @@ class Engine:
         read = self.adapter.model_call(self.transformer, args, kwargs)
         if ranks_of(self.transformer) is None:
             return read
-        given = dict(zip(parameter_names(self.transformer), args, strict=False)) | kwargs
-        own = self.adapter.model_call(self.transformer, (), as_split(self.transformer, given))
+        given = arguments_by_name(self.transformer, args, kwargs)
+        own = self.adapter.describe(as_split(self.transformer, given))
         return read._replace(text_tokens=own.text_tokens)
 
     def _open(self, model_call: ModelCall) -> Call:
