@@ -10,21 +10,20 @@ from collections.abc import Callable
 from typing import Any
 
 from ..adapters.block_call import Streams
-from ..trace import Trace
 from .collectives import as_split
 from .decide import decide
+from .in_place import Watched
 from .layout import BlockSlot, Call
-from .once import versions_of
-from .stage_step import StageStep, share_memory
+from .stage_step import StageStep
 
 
-def run_block(call: Call, slot: BlockSlot, trace: Trace, original_forward: Callable, arguments: dict[str, Any]) -> Any:
+def run_block(call: Call, slot: BlockSlot, original_forward: Callable, arguments: dict[str, Any]) -> Any:
     """What a call of the block in `slot` returns. `arguments` are by name."""
     if slot.index == 0:
         if slot.stage.runs_first_block:
-            return run_first_block(call, slot, trace, original_forward, arguments)
+            return run_first_block(call, slot, original_forward, arguments)
         before = call.guard.keep(read(call, slot, arguments))
-        decide(call, slot, trace, own(call, slot, arguments), before, None)
+        decide(call, slot, own(call, slot, arguments), before, None)
     step = call.steps[slot.stage.name]
     if slot.is_last:
         return end_stage(call, slot, step, original_forward, arguments)
@@ -36,20 +35,17 @@ def run_block(call: Call, slot: BlockSlot, trace: Trace, original_forward: Calla
     return output
 
 
-def run_first_block(
-    call: Call, slot: BlockSlot, trace: Trace, original_forward: Callable, arguments: dict[str, Any]
-) -> Any:
+def run_first_block(call: Call, slot: BlockSlot, original_forward: Callable, arguments: dict[str, Any]) -> Any:
     """Run the first block of a stage, and decide about the others by what it did."""
-    before = call.guard.keep(read(call, slot, arguments))
-    versions = versions_of(before)
+    before = Watched.of(call.guard.keep(read(call, slot, arguments)))
     output = original_forward(**arguments)
     after = slot.call.parse(output, call.text_tokens)
-    spoiled = versions != versions_of(before) or share_memory(after, before)
+    spoiled = before.written_to(returned=after)
     if spoiled:  # what the block added can no longer be told: nothing is compared with it, now or later
-        call.guard.found_in_place_writer(call.context.stage(slot.stage.name, before[0].size(0)))
+        call.guard.found_in_place_writer(call.context.stage(slot.stage.name, before.tensors[0].size(0)))
     if call.model_call.adds_between_blocks:
         after = slot.call.clone_if_aliased(after)
-    step = decide(call, slot, trace, own(call, slot, arguments), before, call.guard.keep(after))
+    step = decide(call, slot, own(call, slot, arguments), before.tensors, call.guard.keep(after))
     if spoiled:
         call.guard.found_in_place_writer(step.memories)
     if slot.is_last:
@@ -112,5 +108,6 @@ def read(call: Call, slot: BlockSlot, arguments: dict[str, Any]) -> Streams:
 
 
 def remember(call: Call, step: StageStep, end: Streams) -> None:
-    if not step.remember(end, call.context.step):
+    step.remember(end, call.context.step)
+    if step.spoiled:
         call.guard.found_in_place_writer()

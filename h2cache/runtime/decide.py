@@ -1,7 +1,7 @@
 """Hit or compute, for each sample of a stage, after at most one read from the device."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import chain, islice
 from typing import Any
@@ -14,8 +14,7 @@ from ..adapters.block_call import Streams, sample_row
 from ..policy.pfs import relative_l1
 from ..policy.probes import ProbeInput
 from ..policy.rules import Decision
-from ..policy.stages import Stage
-from ..trace import Row, Trace
+from ..trace import Row
 from .autograd import outside_graph
 from .collectives import Ranks
 from .layout import BlockSlot, Call
@@ -26,9 +25,7 @@ Measured = dict[int, tuple[float, float]]  # mean|reference - probe| and mean|re
 
 
 @outside_graph
-def decide(
-    call: Call, slot: BlockSlot, trace: Trace, arguments: dict[str, Any], before: Streams, after: Streams | None
-) -> StageStep:
+def decide(call: Call, slot: BlockSlot, arguments: dict[str, Any], before: Streams, after: Streams | None) -> StageStep:
     """The decisions about a stage in this call, recorded in the trace.
 
     Args:
@@ -36,56 +33,53 @@ def decide(
         before, after: the streams around that block; `after` is None where it has not run.
     """
     stage, batch = slot.stage, before[0].size(0)
-    memories = call.context.stage(stage.name, batch)
-    decisions = decide_without_measuring(call, stage, memories)
+    step = StageStep(stage, call.context.stage(stage.name, batch), stage_input=after or before)
+    decide_without_measuring(call, step)
     probes, compared, numbers = {}, {}, {}
     if stage.probe is not None:
-        probes, deviations = look(call, slot, arguments, before, after, decisions, memories)
+        probes, deviations = look(call, slot, step, arguments, before, after)
         if deviations:
-            compared, stale = read(call, memories, deviations)
+            compared, stale = read(call, step.memories, deviations)
             if stale:  # a new run began with this call: nothing is remembered, so that nothing is measured
-                memories, compared = call.context.stage(stage.name, batch), {}
-                decisions = decide_without_measuring(call, stage, memories)
+                step.memories, compared = call.context.stage(stage.name, batch), {}
+                decide_without_measuring(call, step)
             else:
-                numbers = measure(call, stage, memories, decisions, deviations, compared)
-    step = StageStep(stage, memories, decisions, stage_input=after or before)
+                numbers = measure(call, step, deviations, compared)
     step.settle(probes, compared)
     if stage.learns:
         fit(step, call.ranks)
-    record(call, step, numbers, trace)
+    record(call, step, numbers)
     call.steps[stage.name] = step
     return step
 
 
-def decide_without_measuring(call: Call, stage: Stage, memories: list[SampleMemory]) -> list[Decision | None]:
+def decide_without_measuring(call: Call, step: StageStep) -> None:
     """The decision about each sample, None where it takes a comparison."""
-    parent, step = call.steps.get(stage.parent), call.context.step
-    decisions = []
-    for sample, memory in enumerate(memories):
-        if memory.was_written_to():
-            call.guard.found_in_place_writer([memory])
-        decision = stage.rule.without_measuring(memory, step, parent is not None and parent.decisions[sample].skips)
+    stage, parent = step.stage, call.steps.get(step.stage.parent)
+    step.decisions = []
+    for sample, memory in enumerate(step.memories):
+        call.guard.check([memory])
+        parent_skipped = parent is not None and parent.decisions[sample].skips
+        decision = stage.rule.without_measuring(memory, call.context.step, parent_skipped)
         if decision is not None and decision.skips and not call.context.has_stand_in(stage, memory, call.guard):
             decision = Decision.COMPUTE
-        decisions.append(decision)
-    return decisions
+        step.decisions.append(decision)
 
 
 def look(
     call: Call,
     slot: BlockSlot,
+    step: StageStep,
     arguments: dict[str, Any],
     before: Streams,
     after: Streams | None,
-    decisions: list[Decision | None],
-    memories: list[SampleMemory],
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """The probes by sample, where they have a use, and the deviations of those that are yet to be decided about.
 
     Where ranks share the tokens, the deviations are sums over the rank's part of the probe.
     """
     probes, deviations = {}, {}
-    for sample, decision in enumerate(decisions):
+    for sample, (memory, decision) in enumerate(zip(step.memories, step.decisions, strict=True)):
         if decision is Decision.FORCED:
             continue
         seen = ProbeInput(
@@ -94,10 +88,8 @@ def look(
             partial(modulated, call, slot, arguments, sample, before[0].size(0)),
             call.ranks,
         )
-        reference = memories[sample].reference if decision is None else None
-        probes[sample], deviation = slot.stage.probe(seen, reference)
-        if memories[sample].was_written_to():  # by a probe that is made in the same place at every step
-            call.guard.found_in_place_writer([memories[sample]])
+        probes[sample], deviation = slot.stage.probe(seen, memory.reference if decision is None else None)
+        call.guard.check([memory])  # for a probe that is made in the same place at every step
         if decision is None:
             deviations[sample] = deviation if call.ranks is None else deviation * probes[sample].numel()
     return probes, deviations
@@ -148,20 +140,14 @@ def summed(parts: list[Tensor], shared: list[Tensor], ranks: Ranks | None) -> It
     return chain(read[:count] if ranks is None else (sum(read[i:end:count]) for i in range(count)), read[end:])
 
 
-def measure(
-    call: Call,
-    stage: Stage,
-    memories: list[SampleMemory],
-    decisions: list[Decision | None],
-    undecided: dict[int, Tensor],
-    compared: Measured,
-) -> dict[int, float | None]:
+def measure(call: Call, step: StageStep, undecided: Iterable[int], compared: Measured) -> dict[int, float | None]:
     """Decide about the samples `undecided`. Returns what was compared with the threshold, for the trace."""
     together = list(compared.values()) if call.layout.config.decides_together else None
     numbers = {}
     for sample in undecided:
         difference = relative_l1(together or [compared[sample]]) if sample in compared else None
-        decisions[sample], numbers[sample] = stage.rule.measured(memories[sample], difference, call.is_last_step)
+        decided = step.stage.rule.measured(step.memories[sample], difference, call.is_last_step)
+        step.decisions[sample], numbers[sample] = decided
     return numbers
 
 
@@ -182,9 +168,9 @@ def fit(step: StageStep, ranks: Ranks | None) -> None:
         memory.products = None
 
 
-def record(call: Call, step: StageStep, numbers: dict[int, float | None], trace: Trace) -> None:
+def record(call: Call, step: StageStep, numbers: dict[int, float | None]) -> None:
     """One row of the trace for each sample."""
-    stage, rows = step.stage, trace.rows_of(call.run.number)
+    stage, rows = step.stage, call.trace.rows_of(call.run.number)
     for sample, decision in enumerate(step.decisions):
         rows.append(
             Row(

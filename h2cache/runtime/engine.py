@@ -6,7 +6,6 @@ The model's own forward runs unchanged. The engine sees each call of the model a
 modules (`modules.py`). What returns the same at every step of a run is run once (`rope_cache.py`).
 """
 
-import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,11 +20,12 @@ from ..config import CacheConfig
 from ..trace import Trace
 from .block_stage import run_block
 from .collectives import as_split, ranks_of
+from .in_place import InPlaceGuard
 from .interception import Interception, interception_of
-from .layout import Call, Layout, lay_out, watched_modules
+from .layout import Call, InProgress, Layout, lay_out, watched_modules
 from .modules import answer, run_block_of_modules
 from .rope_cache import answer_once, not_shared
-from .run_state import InPlaceGuard, Timestep
+from .run_state import Timestep
 from .runs import Run, Runs, TablePlace
 
 
@@ -39,7 +39,7 @@ class Engine:
         self.replaced = False  # by a later `h2cache.apply`
         self.runs = Runs()
         self._guard = InPlaceGuard()
-        self._active = threading.local()  # `call`: the model's call in progress on this thread
+        self._active = InProgress()
         self._interceptions: list[Interception] = []
         self._watch(config)
 
@@ -126,7 +126,7 @@ class Engine:
         """One call of the model: identify the run, let it go from block to block, close the step."""
         self._refresh()
         call = self._open(self._read(args, kwargs))
-        outer = getattr(self._active, "call", None)
+        outer = self._active.call
         try:
             self._active.call = call
             output = original_forward(*args, **kwargs)
@@ -165,7 +165,8 @@ class Engine:
         exact = timestep.dtype in (torch.float32, torch.float64) or not timestep.is_floating_point()
         noted = Timestep(timestep[:1] if known is None else known, self.adapter.timestep_scale, exact)
         begin = partial(self._begin, layout, shape)
-        call = Call(layout, model_call, run, context, noted, begin, self.runs, self._guard, ranks_of(self.transformer))
+        ranks = ranks_of(self.transformer)
+        call = Call(layout, model_call, run, context, noted, begin, self.runs, self._guard, self.trace, ranks)
         if known is None:
             run.unread.append(noted)
         else:
@@ -193,20 +194,18 @@ class Engine:
 
     def _call_block(self, block: nn.Module, original_forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """One call of a block: what its stage does with it; unchanged where the method has nothing to do with it."""
-        call: Call | None = getattr(self._active, "call", None)
-        if call is None:
-            self._check_watched()
+        call = self._call_in_progress()
         slot = call.layout.slots.get(block) if call else None
         if slot is None:
             return original_forward(*args, **kwargs)
         arguments = slot.call.bind(args, kwargs) if args else kwargs
         if slot.stage.keeps_residuals:
-            return run_block(call, slot, self.trace, original_forward, arguments)
-        return run_block_of_modules(call, slot, self.trace, block, arguments)
+            return run_block(call, slot, original_forward, arguments)
+        return run_block_of_modules(call, slot, block, arguments)
 
     def _call_module(self, module: nn.Module, original_forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """One call of a module inside a block."""
-        call: Call | None = getattr(self._active, "call", None)
+        call = self._active.call
         slot = call.layout.modules.get(module) if call else None
         if slot is None:
             return original_forward(*args, **kwargs)
@@ -214,18 +213,21 @@ class Engine:
 
     def _call_loop(self, run: RunBlocks, original_forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """One call of a module that hides blocks, led through them."""
-        call: Call | None = getattr(self._active, "call", None)
-        if call is None:
-            self._check_watched()
+        call = self._call_in_progress()
         if call is None:
             return original_forward(*args, **kwargs)
         single_stage = call.layout.single_stage and not call.model_call.adds_between_blocks
         return run(BlockLoop(call.model_call, single_stage, call.context.once), original_forward, args, kwargs)
 
-    def _check_watched(self) -> None:
-        """A block may be called on its own, but not by a model whose calls we no longer see."""
-        if interception_of(self.transformer) is None:
+    def _call_in_progress(self) -> Call | None:
+        """The model's call on this thread; None where a block is called on its own.
+
+        RuntimeError where the block is called by a model whose calls we no longer see.
+        """
+        call = self._active.call
+        if call is None and interception_of(self.transformer) is None:
             raise RuntimeError(
                 "the transformer was compiled as a whole after h2cache.apply, so its cache cannot work: compile its "
                 "blocks instead, with transformer.compile_repeated_blocks(), or remove the cache first"
             )
+        return call

@@ -1,5 +1,6 @@
 """A configuration laid out on the blocks of one transformer, and one call of that transformer."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -11,8 +12,10 @@ from ..adapters.base import Adapter, BlockModules, ModelCall, Role
 from ..adapters.block_call import BlockCall, plain
 from ..config import CacheConfig
 from ..policy.stages import DETAIL, STRUCTURE, ModuleStage, Stage
+from ..trace import Trace
 from .collectives import Ranks
-from .run_state import Context, InPlaceGuard, Timestep
+from .in_place import InPlaceGuard
+from .run_state import Context, Timestep
 from .runs import Run, Runs
 
 if TYPE_CHECKING:
@@ -66,7 +69,10 @@ class Layout:
 
 @dataclass(slots=True)
 class Call:
-    """One call of the model, as far as it has come. `begin_run` begins a new run with it."""
+    """One call of the model, as far as it has come. `begin_run` begins a new run with it.
+
+    Fields that the engine hands on: `runs`, `guard`, `trace`; `ranks`, which share the tokens; None where none do.
+    """
 
     layout: Layout
     model_call: ModelCall
@@ -76,7 +82,8 @@ class Call:
     begin_run: Callable[[ModelCall], Run]
     runs: Runs
     guard: InPlaceGuard
-    ranks: Ranks | None = None  # that share the tokens
+    trace: Trace
+    ranks: Ranks | None
     steps: dict[str, "StageStep"] = field(default_factory=dict)
 
     @property
@@ -103,6 +110,12 @@ class Call:
                 self.run.contexts.append(context)
         self.run.note_timestep(self.context, timestep)
         return stale
+
+
+class InProgress(threading.local):
+    """The call of the model that is in progress on this thread, if there is one."""
+
+    call: Call | None = None
 
 
 def split_blocks(lists: dict[Role, list[nn.Module]], split: float) -> dict[str, list[nn.Module]]:

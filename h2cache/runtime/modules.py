@@ -13,19 +13,17 @@ from torch import Tensor
 from ..adapters.block_call import Streams, plain
 from ..policy.clusters import ClusterMemory
 from ..policy.forecasts import Features, advance_terms, extrapolate
-from ..trace import Trace
 from .autograd import outside_graph
 from .decide import decide
+from .in_place import Memory
 from .layout import BlockSlot, Call, ModuleSlot
 from .stage_step import StageStep
 
 
-def run_block_of_modules(
-    call: Call, slot: BlockSlot, trace: Trace, block: torch.nn.Module, arguments: dict[str, Any]
-) -> Any:
+def run_block_of_modules(call: Call, slot: BlockSlot, block: torch.nn.Module, arguments: dict[str, Any]) -> Any:
     """Run a block whose modules are skipped, uncompiled: compiled code would not stop at its modules."""
     if slot.index == 0:
-        begin(call, slot, trace, arguments)
+        begin(call, slot, arguments)
     step = call.steps[slot.stage.name]
     output = plain(block)._call_impl(**arguments)
     if step.computed:
@@ -36,7 +34,7 @@ def run_block_of_modules(
     return output
 
 
-def begin(call: Call, slot: BlockSlot, trace: Trace, arguments: dict[str, Any]) -> None:
+def begin(call: Call, slot: BlockSlot, arguments: dict[str, Any]) -> None:
     """Decide about all modules, before the first block runs."""
     streams = slot.call.read(arguments, call.text_tokens)
     if slot.stage.clusters is not None:
@@ -46,7 +44,7 @@ def begin(call: Call, slot: BlockSlot, trace: Trace, arguments: dict[str, Any]) 
                 "them: use TaylorSeerConfig or HiCacheConfig, which are its forecasts without the clusters"
             )
         slot.stage.clusters.check(min(tokens.shape[1] for tokens in streams))
-    decide(call, slot, trace, arguments, streams, None)
+    decide(call, slot, arguments, streams, None)
 
 
 def answer(call: Call, slot: ModuleSlot, original_forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -75,23 +73,24 @@ def without_channels(output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tens
 def remember(call: Call, slot: ModuleSlot, step: StageStep, output: Tensor | tuple[Tensor, ...]) -> None:
     # Without its graph: what is forecast later has no gradient.
     outputs = tuple(part.detach() for part in ((output,) if isinstance(output, Tensor) else output))
-    call.context.check_modules([slot.key], call.guard)
+    memory = call.context.modules.setdefault(slot.key, Memory())
+    call.guard.check([memory])
     outputs = call.guard.keep(outputs)
-    terms = call.context.modules.get(slot.key, [])
     for sample in step.computed if step.stage.learns else ():
-        step.learn(sample, row_of(outputs, sample), [row_of(term, sample) for term in terms])
+        step.learn(sample, row_of(outputs, sample), [row_of(term, sample) for term in memory.terms])
     elapsed = call.context.step - step.memories[0].computed_step
-    terms = advance_terms(terms, outputs, elapsed, step.stage.order_at(call.context.step))
-    call.context.keep_module(slot.key, terms)
+    memory.terms = advance_terms(memory.terms, outputs, elapsed, step.stage.order_at(call.context.step))
+    memory.seal()
 
 
 def forecast(
     call: Call, slot: ModuleSlot, step: StageStep, original_forward: Callable, given: Tensor
 ) -> Tensor | tuple[Tensor, ...]:
-    terms = call.context.modules[slot.key]
+    memory = call.context.modules[slot.key]
+    terms = memory.terms
     if slot.refreshed:
         call.context.clusters.refresh(terms[0][0], slot.is_text, original_forward, given)
-        call.context.keep_module(slot.key, terms)
+        memory.seal()
     coefficients = [step.coefficients(call.context.step, sample) for sample in range(len(step.memories))]
     if all(row == coefficients[0] for row in coefficients):
         outputs = extrapolate(terms, coefficients[0])

@@ -1,10 +1,12 @@
 """What need not be made anew at every step: rotary tables, as the model makes them and packed."""
 
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
+
+from .in_place import versions_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,11 +21,6 @@ class Prepared:
         """Whether these are the sources, and nobody wrote to them or to what was made of them."""
         same = all(ref() is source for ref, source in zip(self.sources, sources, strict=True))
         return same and self.versions == versions_of((*sources, *self.tensors))
-
-
-def versions_of(tensors: Iterable[Tensor]) -> tuple[int, ...]:
-    """How often each was written to; inference tensors do not count it."""
-    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
 
 
 class Once:

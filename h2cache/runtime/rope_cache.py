@@ -4,7 +4,6 @@ Only where that is certain. Others put embeddings in this one's place that follo
 its forward, or watch it: then it runs at every step, as it would without a cache.
 """
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.nn.modules import module as hooks_of_all
 
 from ..adapters.base import ModelCall
 from .interception import interception_of
-from .layout import Call
+from .layout import InProgress
 
 
 def not_shared(modules: Sequence[torch.nn.Module], owner: object) -> list[torch.nn.Module]:
@@ -23,7 +22,7 @@ def not_shared(modules: Sequence[torch.nn.Module], owner: object) -> list[torch.
 
 
 def answer_once(
-    active: threading.local,
+    active: InProgress,
     module: torch.nn.Module,
     original_forward: Callable[..., Any],
     args: tuple,
@@ -31,7 +30,7 @@ def answer_once(
 ) -> Any:
     """What the module returned, a tensor or several, when it first ran in this branch of the run for these position ids
     and with these constants. `active.call` is the call of the model that it is part of, if there is one."""
-    call: Call | None = getattr(active, "call", None)
+    call = active.call
     if call is None or not ids_tell_writes(call.model_call) or not is_bare(module):
         return original_forward(*args, **kwargs)
 

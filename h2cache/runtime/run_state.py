@@ -1,54 +1,45 @@
 """What is remembered between the steps of one run: by branch of guidance, by stage, by sample."""
 
-import logging
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from ..policy.clusters import ClusterMemory
-from ..policy.forecasts import Features, Forecast
+from ..policy.forecasts import Forecast
 from ..policy.rules import RuleState
 from ..policy.stages import Stage
-from .once import Once, versions_of
-
-logger = logging.getLogger("h2cache")
+from .in_place import InPlaceGuard, Memory
+from .once import Once
 
 
 @dataclass
-class SampleMemory(RuleState):
-    """One stage of one sample.
+class SampleMemory(RuleState, Memory):
+    """One stage of one sample; each of the terms of its residual is a tuple of (1, tokens, D).
 
-    Fields beside `RuleState`'s:
+    Fields beside `RuleState`'s and `Memory`'s:
         pending_finite_check: (1,), finite if every probe was that became a reference without being compared; None when
             that is known.
-        terms: the residual of the last computed step and its differences, order + 1 at most, each a tuple of
-            (1, tokens, D) in the model's dtype.
-        computed_step: when they were computed.
+        computed_step: when the terms were computed.
         products: what a forecast can learn from the last computed step, and how many steps it was ahead; None once
             `fitted` has learned it.
     """
 
     pending_finite_check: Tensor | None = None
-    terms: list[Features] = field(default_factory=list)
     computed_step: int = 0
     products: tuple[Tensor, int] | None = None
     fitted: Forecast | None = None
-    _writes: int = 0  # to the tensors above, when they were kept
+
+    def tensors(self) -> Iterator[Tensor]:
+        if self.reference is not None:
+            yield self.reference
+        yield from super().tensors()
 
     def forget(self) -> None:
-        """Start afresh: the next call computes."""
-        self.reference, self.pending_finite_check, self.terms, self._writes = None, None, [], 0
-
-    def seal(self) -> None:
-        """From here on nobody should write to what is kept."""
-        self._writes = sum(versions_of(self.tensors()))
-
-    def was_written_to(self) -> bool:
-        """Whether somebody wrote to a kept tensor. Tensors of inference mode do not tell."""
-        return self._writes != sum(versions_of(self.tensors()))
+        super().forget()
+        self.reference, self.pending_finite_check = None, None
 
     def remember_unmeasured(self, probe: Tensor) -> None:
         """Take as reference a probe that nothing was compared with; the next read tells whether it was finite."""
@@ -56,13 +47,6 @@ class SampleMemory(RuleState):
         pending = self.pending_finite_check
         self.pending_finite_check = magnitude if pending is None else pending + magnitude
         self.reference = probe
-
-    def tensors(self) -> Iterator[Tensor]:
-        """The features; scalars are not counted."""
-        if self.reference is not None:
-            yield self.reference
-        for term in self.terms:
-            yield from term
 
 
 @dataclass(eq=False)
@@ -80,32 +64,6 @@ class Timestep:
         return float(self.value) * self.scale
 
 
-class InPlaceGuard:
-    """What is known about models that write into tensors which the cache keeps.
-
-    Writes are seen by a tensor's version, or by a block that returns the memory that it was given. Not seen is a kernel
-    that counts no version, writes into its input and returns other memory.
-    """
-
-    def __init__(self) -> None:
-        self.copies = False  # such a model has been seen: what is kept is copied first
-
-    def keep(self, tensors: Iterable[Tensor]) -> Features:
-        """The tensors, in memory of their own where the model may write to them and nobody could tell."""
-        return tuple(tensor.clone() if self.copies or tensor.is_inference() else tensor for tensor in tensors)
-
-    def found_in_place_writer(self, memories: Iterable[SampleMemory] = ()) -> None:
-        """Forget `memories`. From now on keep copies; say so once."""
-        for memory in memories:
-            memory.forget()
-        if not self.copies:
-            self.copies = True
-            logger.warning(
-                "the model writes in place to tensors that the cache keeps: what they hold is computed anew, and from "
-                "now on copies are kept, which takes some time and memory"
-            )
-
-
 @dataclass
 class Context:
     """One branch of a run (conditional or unconditional): its own steps and its own memory, by stage and sample."""
@@ -115,8 +73,7 @@ class Context:
     step: int = 0
     timed: bool = False  # whether any call's timestep is known yet
     stages: dict[str, list[SampleMemory]] = field(default_factory=dict)
-    modules: dict[int, list[Features]] = field(default_factory=dict)  # terms of outputs, (B, ...), by module
-    module_writes: dict[int, int] = field(default_factory=dict)  # to these, when they were kept
+    modules: dict[int, Memory] = field(default_factory=dict)  # of their outputs, (B, ...)
     empty_outputs: dict[int, Any] = field(default_factory=dict)  # in the place of those that feed a module, of size 0
     clusters: ClusterMemory | None = None
     once: Once = field(default_factory=Once)  # what depends on the branch, but not on the step
@@ -173,40 +130,20 @@ class Context:
             self.stages[name] = [SampleMemory() for _ in range(batch)]
         return self.stages[name]
 
-    def keep_module(self, key: int, terms: list[Features]) -> None:
-        """Remember the terms of a module's outputs. From here on nobody should write to them."""
-        self.modules[key] = terms
-        self.module_writes[key] = writes_to(terms)
-
-    def check_modules(self, keys: Iterable[int], guard: InPlaceGuard) -> None:
-        """Forget what is remembered of these modules, if somebody wrote to any of it."""
-        known = [key for key in keys if key in self.modules]
-        if any(writes_to(self.modules[key]) != self.module_writes[key] for key in known):
-            guard.found_in_place_writer()
-            for key in known:
-                del self.modules[key]
-
     def has_stand_in(self, stage: Stage, memory: SampleMemory, guard: InPlaceGuard) -> bool:
         """Whether there is anything sound to stand in for what the stage skips."""
         if stage.keeps_residuals:
             return bool(memory.terms)
-        self.check_modules(list(self.modules), guard)
-        return bool(self.modules)
+        guard.check(self.modules.values())
+        return any(module.terms for module in self.modules.values())
 
     def memories(self) -> Iterator[SampleMemory]:
         for samples in self.stages.values():
             yield from samples
 
     def tensors(self) -> Iterator[Tensor]:
-        for memory in self.memories():
+        for memory in (*self.memories(), *self.modules.values()):
             yield from memory.tensors()
-        for terms in self.modules.values():
-            for outputs in terms:
-                yield from outputs
         if self.clusters is not None:
             yield from self.clusters.tensors()
         yield from self.once.tensors()
-
-
-def writes_to(terms: list[Features]) -> int:
-    return sum(versions_of(tensor for term in terms for tensor in term))

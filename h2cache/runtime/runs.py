@@ -181,18 +181,10 @@ class Runs:
         """Let the tensor that names the run in `call` lead to `run` for as long as it lives."""
         name = name_of(call)
         key, known = id(name), self._by_name
-        if known.get(key) is run:
-            return
-        reference = weakref.ref(run)
-
-        def forget(_: weakref.ref) -> None:
-            current = known.get(key)
-            if current is not None and current is reference():
-                del known[key]
-
-        # The callback holds the dictionary only, so that a dropped engine is not kept alive by a tensor.
-        run.names.append(weakref.ref(name, forget))
-        known[key] = run
+        if known.get(key) is not run:
+            # The callback holds the dictionary only, so that a dropped engine is not kept alive by a tensor.
+            run.names.append(weakref.ref(name, lambda _: known.pop(key, None)))
+            known[key] = run
 
     def note_timestep(self, run: Run, timestep: float) -> None:
         """Say once where every step of a loop begins a run of its own, so that nothing can ever be skipped."""

@@ -11,7 +11,7 @@ from ..policy.forecasts import Features, advance_terms, extrapolate, inner_produ
 from ..policy.rules import Decision
 from ..policy.stages import Stage
 from .autograd import outside_graph
-from .once import versions_of
+from .in_place import Watched
 from .run_state import SampleMemory
 
 
@@ -21,33 +21,29 @@ class StageStep:
 
     Fields:
         stage_input: the streams before the first block that can be skipped, from which residuals are counted.
-        returned: what the last block that ran returned.
         computed: the samples that are computed; `rows` is their index tensor where they are some and not all.
         not_remembered: samples whose probe was not finite; what they compute is not kept.
         products: what forecasts can learn in this call, by sample.
         added: by the model, between blocks, to each stream.
-        versions, returned_versions: of `stage_input` and `returned`, when they were kept.
-        spoiled: somebody wrote to them since.
+        spoiled: somebody wrote to tensors that the residual is counted from.
     """
 
     stage: Stage
     memories: list[SampleMemory]
-    decisions: list[Decision | None]
     stage_input: Streams
-    returned: Streams = field(init=False)
+    decisions: list[Decision | None] = field(default_factory=list)
     computed: list[int] = field(default_factory=list)
     not_remembered: set[int] = field(default_factory=set)
     rows: Tensor | None = None
     products: dict[int, Tensor] = field(default_factory=dict)
     added: list[Tensor | None] = field(init=False)
-    versions: tuple[int, ...] = field(init=False)
-    returned_versions: tuple[int, ...] = field(init=False)
     spoiled: bool = False
+    _input: Watched = field(init=False)
+    _returned: Watched = field(init=False)  # what the last block that ran returned
 
     def __post_init__(self) -> None:
         self.added = [None] * len(self.stage_input)
-        self.versions = versions_of(self.stage_input)
-        self.note_returned(self.stage_input)
+        self._input = self._returned = Watched.of(self.stage_input)
 
     def settle(self, probes: dict[int, Tensor], compared: dict[int, tuple[float, float]]) -> None:
         """Follow the decisions: count the skips, and let the probe of every computed sample become its reference.
@@ -82,28 +78,26 @@ class StageStep:
 
     def note_additions(self, arrived: Streams) -> None:
         """Keep apart what the model added between two blocks: it is no part of the stage's residual."""
-        self.spoiled |= self.returned_versions != versions_of(self.returned)  # then nobody knows what was added
-        for i, (now, left) in enumerate(zip(arrived, self.returned, strict=False)):
+        self.spoiled |= self._returned.written_to()  # then nobody knows what was added
+        for i, (now, left) in enumerate(zip(arrived, self._returned.tensors, strict=False)):
             if now is not left:
                 addition = now - left
                 self.added[i] = addition if self.added[i] is None else self.added[i] + addition
 
     def note_returned(self, streams: Streams) -> None:
         """Keep what a block returned, to tell what the model adds to it."""
-        self.returned, self.returned_versions = streams, versions_of(streams)
+        self._returned = Watched.of(streams)
 
     @outside_graph
-    def remember(self, end: Streams, step: int) -> bool:
+    def remember(self, end: Streams, step: int) -> None:
         """Keep the residual of every computed sample, and with it the differences that forecasts need.
 
-        Returns:
-            False where somebody wrote into the stage's input, so that there is no residual to keep.
+        Where it is `spoiled` there is none to keep.
         """
-        intact = not self.stage.keeps_residuals or not self.spoiled
         for sample in self.computed:
             memory = self.memories[sample]
             elapsed = step - memory.computed_step
-            if not intact:
+            if self.spoiled:
                 memory.forget()
             elif self.stage.keeps_residuals and sample not in self.not_remembered:
                 residual = self._residual(end, sample)
@@ -113,12 +107,10 @@ class StageStep:
             if sample in self.products:
                 memory.products = self.products[sample], elapsed
             memory.computed_step = step
-        return intact
 
     def check(self, end: Streams) -> None:
-        """Take note whether anybody wrote into the tensors that residuals are counted from. `end` left a block."""
-        if end is not self.stage_input:
-            self.spoiled |= self.versions != versions_of(self.stage_input) or share_memory(end, self.stage_input)
+        """Take note whether anybody wrote into the stage's input. `end` left a block."""
+        self.spoiled |= self._input.written_to(returned=end)
 
     def learn(self, sample: int, computed: Features, terms: list[Features]) -> None:
         """Add up what a forecast that fits itself can learn from features which it could have forecast."""
@@ -159,11 +151,3 @@ class StageStep:
                     part.copy_(computed)
             rows.append(row)
         return join_rows(rows) if into is None else into
-
-
-def share_memory(returned: Streams, given: Streams) -> bool:
-    """Whether a stream that left a block lies where it came in: kernels that write in place may count no version.
-
-    Addresses are compared, for a kernel may make a tensor of its own there. Nothing lies anywhere on the meta device.
-    """
-    return any(a.data_ptr() == b.data_ptr() and not a.is_meta for a, b in zip(returned, given, strict=False))

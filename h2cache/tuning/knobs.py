@@ -1,31 +1,16 @@
 """The knobs of methods: fields that skip more or less, in an order that a search can follow.
 
-A knob is found by the names of its fields, so that a new method with a threshold or an interval has it as well.
+A knob is found by the names of its fields, so that a new method with a threshold or an interval has it as well. It has
+positions in ascending order of skipping, up to `most`, at which everything is skipped that can be. `start` is the one
+that a method has, `setting` gives the fields that a position sets. `smaller` and `larger` lead to another position, and
+`between` to one between two; None where there is none.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from ..config import CacheConfig
-
-
-class Knob(Protocol):
-    """One way to skip more or less: positions in ascending order of skipping, and the fields that they set."""
-
-    fields: tuple[str, ...]
-    most: float  # the position at which everything is skipped that can be
-
-    def start(self, method: CacheConfig) -> float: ...
-
-    def setting(self, position: float) -> dict[str, Any]: ...
-
-    def smaller(self, position: float) -> float | None: ...
-
-    def larger(self, position: float) -> float: ...
-
-    def between(self, low: float, high: float) -> float | None:
-        """None where the two are next to each other."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +60,8 @@ class Every:
     def between(self, low: int, high: int) -> int | None:
         return (low + high) // 2 if high - low > 1 else None
 
+
+Knob = Thresholds | Every
 
 # Ratio 0: the second threshold is never met, so that its stage is skipped only along with the first.
 RATIOS = (0.0, 0.75, 1.5, 3.0)

@@ -321,7 +321,7 @@ def test_memory_of_modules_that_somebody_overwrote_is_forgotten():
             if step != 4:
                 return
             if overwrite:
-                next(iter(memory_of(model).modules.values()))[1][0].fill_(7)
+                next(iter(memory_of(model).modules.values())).terms[1][0].fill_(7)
             else:
                 memory_of(model).modules.clear()
 
