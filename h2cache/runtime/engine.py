@@ -41,17 +41,16 @@ class Engine:
         self._guard = InPlaceGuard()
         self._active = InProgress()
         self._interceptions: list[Interception] = []
-        self._watch(config)
+        self.use(config)
 
     # Attaching: which modules are watched, and how that is kept up to date.
 
-    def _watch(self, config: CacheConfig) -> None:
-        """Take the blocks that the model has now as those that the method works on."""
-        self._lists = self.adapter.blocks(self.transformer)
-        self.use(config)
-
     def use(self, config: CacheConfig) -> None:
-        """Follow `config` from the next call on. Runs in progress go on where what they remember still serves."""
+        """Follow `config` from the next call on, on the blocks that the model has now.
+
+        Runs in progress go on where what they remember still serves.
+        """
+        self._lists = self.adapter.blocks(self.transformer)
         self.layout = lay_out(config, self.adapter, self._lists)
         self._watched_modules = watched_modules(self.layout)
         self.trace.expect(self.layout.blocks)
@@ -108,10 +107,9 @@ class Engine:
             return  # removed by another thread while this call was on its way
         refuse_other_caches(self.transformer)
         if self.adapter.blocks(self.transformer) != self._lists:
-            config = self.layout.config
             self.detach()
-            self._watch(config)
-        elif self.layout.modules and self._modules_replaced():
+            self.use(self.layout.config)
+        elif self._modules_replaced():
             self.use(self.layout.config)
         else:
             self._attach()

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.block_call import Streams, plain
+from ..adapters.block_call import Streams, join_rows, plain, sample_row
 from ..policy.clusters import ClusterMemory
-from ..policy.forecasts import Features, advance_terms, extrapolate
+from ..policy.forecasts import advance_terms, extrapolate
 from .autograd import outside_graph
 from .decide import decide
 from .in_place import Memory
@@ -77,7 +77,7 @@ def remember(call: Call, slot: ModuleSlot, step: StageStep, output: Tensor | tup
     call.guard.check([memory])
     outputs = call.guard.keep(outputs)
     for sample in step.computed if step.stage.learns else ():
-        step.learn(sample, row_of(outputs, sample), [row_of(term, sample) for term in memory.terms])
+        step.learn(sample, sample_row(outputs, sample), [sample_row(term, sample) for term in memory.terms])
     elapsed = call.context.step - step.memories[0].computed_step
     memory.terms = advance_terms(memory.terms, outputs, elapsed, step.stage.order_at(call.context.step))
     memory.seal()
@@ -97,13 +97,10 @@ def forecast(
         if outputs is terms[0]:
             outputs = call.guard.keep(outputs)
     else:  # each sample has fitted its own
-        rows = [extrapolate([row_of(term, i) for term in terms], row) for i, row in enumerate(coefficients)]
-        outputs = tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
+        outputs = join_rows(
+            [extrapolate([sample_row(term, i) for term in terms], row) for i, row in enumerate(coefficients)]
+        )
     return outputs[0] if len(outputs) == 1 else outputs
-
-
-def row_of(features: Features, sample: int) -> Features:
-    return tuple(tensor[sample : sample + 1] for tensor in features)
 
 
 @outside_graph

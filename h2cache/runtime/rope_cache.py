@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn.modules import module as hooks_of_all
 
-from ..adapters.base import ModelCall
 from .interception import interception_of
 from .layout import InProgress
 
@@ -31,7 +30,8 @@ def answer_once(
     """What the module returned, a tensor or several, when it first ran in this branch of the run for these position ids
     and with these constants. `active.call` is the call of the model that it is part of, if there is one."""
     call = active.call
-    if call is None or not ids_tell_writes(call.model_call) or not is_bare(module):
+    ids = () if call is None else call.model_call.position_ids
+    if not ids or any(each is None for each in ids) or not is_bare(module):
         return original_forward(*args, **kwargs)
 
     def make() -> tuple[Tensor, ...]:
@@ -40,13 +40,8 @@ def answer_once(
 
     # What was made in inference mode cannot be used where gradients are wanted.
     key = module, module.theta, tuple(module.axes_dim), torch.is_inference_mode_enabled()
-    made = call.context.once(key, call.model_call.position_ids, make)
+    made = call.context.once(key, ids, make)
     return made if len(made) > 1 else made[0]
-
-
-def ids_tell_writes(call: ModelCall) -> bool:
-    """Whether the position ids are all there and tell when they are written to, which inference tensors do not."""
-    return bool(call.position_ids) and not any(each is None or each.is_inference() for each in call.position_ids)
 
 
 def is_bare(module: torch.nn.Module) -> bool:

@@ -82,9 +82,7 @@ class Context:
 
     def knows(self, embeddings: tuple[Tensor, ...]) -> bool:
         """Whether these very tensors name this context."""
-        if len(embeddings) != len(self.embeddings):
-            return False
-        return all(ref() is tensor for ref, tensor in zip(self.embeddings, embeddings, strict=True))
+        return [id(ref()) for ref in self.embeddings] == [id(tensor) for tensor in embeddings]
 
     def has_seen(self, hidden_states: Tensor, timestep: float | None) -> bool:
         """Whether the last call had this very input at this timestep: then this call is of another branch.
