@@ -7,6 +7,7 @@ that counts no version, writes into its input and returns other memory.
 import logging
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple, Self
 
 from torch import Tensor
@@ -39,10 +40,10 @@ class Watched(NamedTuple):
         Addresses are compared, for a kernel that counts no version may make a tensor of its own there. Nothing lies
         anywhere on the meta device.
         """
-        if self.versions != versions_of(self.tensors):
-            return True
-        pairs = zip(returned, self.tensors, strict=False)
-        return any(left.data_ptr() == given.data_ptr() and not left.is_meta for left, given in pairs)
+        for left, given in zip(returned, self.tensors, strict=False):
+            if left.data_ptr() == given.data_ptr() and not left.is_meta:
+                return True
+        return self.versions != versions_of(self.tensors)
 
 
 @dataclass
@@ -58,8 +59,7 @@ class Memory:
 
     def tensors(self) -> Iterator[Tensor]:
         """All that is kept; scalars are not counted."""
-        for term in self.terms:
-            yield from term
+        return chain.from_iterable(self.terms)
 
     def seal(self) -> None:
         """From here on nobody should write to what is kept."""
@@ -86,7 +86,7 @@ class InPlaceGuard:
 
     def check(self, memories: Collection[Memory]) -> None:
         """Forget `memories` if somebody wrote to any of them."""
-        if any(memory.was_written_to() for memory in memories):
+        if any(map(Memory.was_written_to, memories)):
             self.found_in_place_writer(memories)
 
     def found_in_place_writer(self, memories: Iterable[Memory] = ()) -> None:

@@ -15,7 +15,6 @@ from ..policy.clusters import ClusterMemory
 from ..policy.forecasts import advance_terms, extrapolate
 from .autograd import outside_graph
 from .decide import decide
-from .in_place import Memory
 from .layout import BlockSlot, Call, ModuleSlot
 from .stage_step import StageStep
 
@@ -73,7 +72,7 @@ def without_channels(output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tens
 def remember(call: Call, slot: ModuleSlot, step: StageStep, output: Tensor | tuple[Tensor, ...]) -> None:
     # Without its graph: what is forecast later has no gradient.
     outputs = tuple(part.detach() for part in ((output,) if isinstance(output, Tensor) else output))
-    memory = call.context.modules.setdefault(slot.key, Memory())
+    memory = call.context.modules[slot.key]
     call.guard.check([memory])
     outputs = call.guard.keep(outputs)
     for sample in step.computed if step.stage.learns else ():

@@ -1,8 +1,11 @@
 """What is remembered between the steps of one run: by branch of guidance, by stage, by sample."""
 
 import weakref
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
@@ -33,9 +36,7 @@ class SampleMemory(RuleState, Memory):
     fitted: Forecast | None = None
 
     def tensors(self) -> Iterator[Tensor]:
-        if self.reference is not None:
-            yield self.reference
-        yield from super().tensors()
+        return chain(() if self.reference is None else (self.reference,), super().tensors())
 
     def forget(self) -> None:
         super().forget()
@@ -73,7 +74,9 @@ class Context:
     step: int = 0
     timed: bool = False  # whether any call's timestep is known yet
     stages: dict[str, list[SampleMemory]] = field(default_factory=dict)
-    modules: dict[int, Memory] = field(default_factory=dict)  # of their outputs, (B, ...)
+    modules: defaultdict[int, Memory] = field(
+        default_factory=partial(defaultdict, Memory)
+    )  # of their outputs, (B, ...)
     empty_outputs: dict[int, Any] = field(default_factory=dict)  # in the place of those that feed a module, of size 0
     clusters: ClusterMemory | None = None
     once: Once = field(default_factory=Once)  # what depends on the branch, but not on the step
@@ -120,8 +123,8 @@ class Context:
 
     def clear(self) -> None:
         """Let go of every tensor; a further step computes."""
-        self.stages, self.modules, self.once = {}, {}, Once()
-        self.clusters = None
+        self.stages, self.once, self.clusters = {}, Once(), None
+        self.modules.clear()
 
     def stage(self, name: str, batch: int) -> list[SampleMemory]:
         if name not in self.stages:
