@@ -219,6 +219,17 @@ class Adapter:
         return {}
 
 
+def modulated_by_table(block: nn.Module, hidden_states: Tensor, modulation: Tensor) -> Tensor:
+    """`Adapter.modulated` of a block that adds a table of its own to a modulation that is made once for all blocks.
+
+    Args:
+        hidden_states: (B, N, D).
+        modulation: (B, 1 or N, 6, D): shift and scale of the first norm, and four others.
+    """
+    shift, scale = (block.scale_shift_table + modulation).unbind(dim=2)[:2]
+    return block.norm1(hidden_states) * (1 + scale) + shift
+
+
 def modules_named(
     block: nn.Module,
     *names: str,

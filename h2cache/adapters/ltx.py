@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import Adapter, BlockList, BlockModules, modules_named
+from .base import Adapter, BlockList, BlockModules, modulated_by_table, modules_named
 from .block_call import BlockInterface
 
 BLOCK = BlockInterface(
@@ -30,11 +30,7 @@ class LTXAdapter(Adapter):
     run_arguments = ("video_coords", "rope_interpolation_scale")
 
     def modulated(self, block: nn.Module, arguments: dict[str, Any]) -> Tensor:
-        hidden_states, temb = arguments["hidden_states"], arguments["temb"]
-        # (B, 1 or N, 6, D)
-        table = block.scale_shift_table
-        shift, scale = (table + temb.unflatten(2, table.shape)).unbind(dim=2)[:2]
-        return block.norm1(hidden_states) * (1 + scale) + shift
+        return modulated_by_table(block, arguments["hidden_states"], arguments["temb"].unflatten(2, (6, -1)))
 
     def modules(self, block: nn.Module) -> BlockModules:
         return modules_named(block, "attn1", "attn2", image_mlp="ff")

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import Adapter, BlockList, BlockModules, modules_named
+from .base import Adapter, BlockList, BlockModules, modulated_by_table, modules_named
 from .block_call import BlockInterface
 
 PER_SAMPLE = ("attention_mask", "encoder_hidden_states", "encoder_attention_mask", "timestep")
@@ -24,14 +24,7 @@ class PixArtAdapter(Adapter):
     block_lists = (BlockList("transformer_blocks", interface=BLOCK),)
 
     def modulated(self, block: nn.Module, arguments: dict[str, Any]) -> Tensor:
-        return modulated_by_table(block, arguments)
+        return modulated_by_table(block, arguments["hidden_states"], arguments["timestep"].unflatten(1, (1, 6, -1)))
 
     def modules(self, block: nn.Module) -> BlockModules:
         return modules_named(block, "attn1", "attn2", image_mlp="ff")
-
-
-def modulated_by_table(block: nn.Module, arguments: dict[str, Any]) -> Tensor:
-    """`Adapter.modulated` of a block that adds its own table to a modulation made once for all blocks."""
-    hidden_states, timestep = arguments["hidden_states"], arguments["timestep"]
-    shift, scale = (block.scale_shift_table + timestep.unflatten(1, (6, -1))).chunk(6, dim=1)[:2]  # (B, 1, D)
-    return block.norm1(hidden_states) * (1 + scale) + shift

@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import Adapter, BlockList, BlockModules, ModelCall, modules_named
+from .base import Adapter, BlockList, BlockModules, ModelCall, modulated_by_table, modules_named
 from .block_call import BlockInterface
-from .pixart import PER_SAMPLE, modulated_by_table
+from .pixart import PER_SAMPLE
 
 BLOCK = BlockInterface(streams=("hidden_states",), returns=None, per_sample=PER_SAMPLE)
 
@@ -33,7 +33,8 @@ class SanaAdapter(Adapter):
         return call._replace(branch=call.branch[-1:])  # the embeddings only where there is no mask
 
     def modulated(self, block: nn.Module, arguments: dict[str, Any]) -> Tensor:
-        return modulated_by_table(block, arguments).type_as(arguments["hidden_states"])
+        hidden_states, modulation = arguments["hidden_states"], arguments["timestep"].unflatten(1, (1, 6, -1))
+        return modulated_by_table(block, hidden_states, modulation).type_as(hidden_states)
 
     def modules(self, block: nn.Module) -> BlockModules:
         return modules_named(block, "attn1", "attn2", "ff")

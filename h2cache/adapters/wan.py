@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import Adapter, BlockList, BlockModules, modules_named
+from .base import Adapter, BlockList, BlockModules, modulated_by_table, modules_named
 from .block_call import BlockInterface
 
 BLOCK = BlockInterface(streams=("hidden_states",), returns=None, per_sample=("encoder_hidden_states", "temb"))
@@ -26,9 +26,8 @@ class WanAdapter(Adapter):
 
     def modulated(self, block: nn.Module, arguments: dict[str, Any]) -> Tensor:
         hidden_states, temb = arguments["hidden_states"], arguments["temb"].float()
-        # (B, 1 or N, 6, D)
-        shift, scale = (block.scale_shift_table + (temb if temb.ndim == 4 else temb.unsqueeze(1))).unbind(dim=2)[:2]
-        return (block.norm1(hidden_states.float()) * (1 + scale) + shift).type_as(hidden_states)
+        modulation = temb if temb.ndim == 4 else temb.unsqueeze(1)
+        return modulated_by_table(block, hidden_states.float(), modulation).type_as(hidden_states)
 
     def modules(self, block: nn.Module) -> BlockModules:
         return modules_named(block, "attn1", "attn2", image_mlp="ffn")
