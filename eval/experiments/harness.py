@@ -135,6 +135,7 @@ def _results(
         machine=" and ".join(sorted(set(frame["machine"]))),
         command=command,
         converged_steps=experiment.converged_steps,
+        left_out=experiment.left_out,
     )
 
 

@@ -1,7 +1,7 @@
 """What `configs/experiment/*.yaml` say, checked: which settings on which prompts, measured how, and shown as what."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from eval.errors import UserError, check_count
+from eval.errors import NotInstalled, UserError, check_count
 from eval.generation.backends import Method
 from eval.generation.prompts import Prompt, PromptSet
 from eval.generation.records import Cell
@@ -62,6 +62,7 @@ class Experiment:
         seeds: "fixed" (0 for every prompt) or "per_prompt" (0, 1, ... in the order of the set).
         seeds_per_prompt: images of each prompt; further ones are numbered on from the first ones of all prompts.
         converged_steps: of the pipeline's own scheduler, for the solution that metrics `@converged` compare with.
+        left_out: settings that this machine lacks a library for, and what is missing.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Experiment:
     metrics: tuple[str, ...]
     settings: tuple[Setting, ...]
     outputs: tuple[Output, ...]
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.seeds not in SEEDS:
@@ -151,15 +153,17 @@ def _experiment(
     name: str, shared: Mapping[str, Any], written: Mapping[str, Any], method: Callable[[str], DictConfig]
 ) -> Experiment:
     fields = dict(shared) | dict(written)
-    required = set(Experiment.__dataclass_fields__) - {"name"}
+    required = set(Experiment.__dataclass_fields__) - {"name", "left_out"}
     if set(fields) != required:
         wrong = ", ".join(sorted(set(fields) ^ required))
         raise UserError(f"{name}: unknown or missing: {wrong}; the fields are {', '.join(sorted(required))}")
-    settings = [
-        setting
-        for family, entry in (fields["settings"] or {}).items()
-        for setting in _settings(f"{name}, setting {family}", family, entry, method)
-    ]
+    settings: list[Setting] = []
+    left_out: dict[str, str] = {}
+    for family, entry in (fields["settings"] or {}).items():
+        try:
+            settings += _settings(f"{name}, setting {family}", family, entry, method)
+        except NotInstalled as error:
+            left_out[family] = str(error)
     return Experiment(
         name=name,
         title=str(fields["title"]),
@@ -173,6 +177,7 @@ def _experiment(
         metrics=tuple(dict.fromkeys(fields["metrics"] or ())),
         settings=tuple(settings),
         outputs=tuple(_made(f"{name}: outputs", output) for output in fields["outputs"] or ()),
+        left_out=left_out,
     )
 
 
@@ -271,4 +276,6 @@ def _made(place: str, config: Any) -> Any:
         return instantiate(dict(config), _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__ or error
+        if isinstance(cause, NotInstalled):
+            raise cause from error
         raise UserError(f"{place}: {str(cause).split(chr(10))[0]}") from error

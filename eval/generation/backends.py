@@ -7,7 +7,7 @@ put on a pipeline for one drawing and taken off again.
 import contextlib
 import copy
 import dataclasses
-import importlib
+import importlib.util
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -19,7 +19,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import h2cache
-from eval.errors import UserError
+from eval.errors import NotInstalled, UserError
 from h2cache import CacheConfig
 
 OURS = "h2cache"
@@ -76,10 +76,6 @@ class CacheDitCache(PeerCache):
 
         options = dict(self.options)
         calibrator, calibration = options.pop("calibrator", None), dict(options.pop("calibration", ()))
-        mask = options.pop("mask", None)
-        if mask is not None:
-            steps = options["num_inference_steps"]
-            options["steps_computation_mask"] = cache_dit.steps_mask(total_steps=steps, mask_policy=mask)
         forecasts = None if calibrator is None else getattr(cache_dit, calibrator)(**calibration)
         with _quiet():
             cache_dit.enable_cache(
@@ -97,12 +93,16 @@ Method = CacheConfig | PeerCache
 
 def diffusers_cache(cache: str, **options: Any) -> DiffusersCache:
     """For configurations: a cache by the name of its class in diffusers. UserError where there is none such."""
-    return DiffusersCache(cache, _known("diffusers", cache, options))
+    if not hasattr(diffusers, cache):
+        raise UserError(f"diffusers {diffusers.__version__} has no {cache}")
+    return DiffusersCache(cache, _frozen(options))
 
 
 def cache_dit_cache(cache: str, **options: Any) -> CacheDitCache:
-    """For configurations: a cache by the name of its class in cache-dit. UserError where it is not installed."""
-    return CacheDitCache(cache, _known("cache_dit", cache, options))
+    """For configurations: a cache by the name of its class in cache-dit. NotInstalled where there is no cache-dit."""
+    if importlib.util.find_spec("cache_dit") is None:  # importing it takes seconds
+        raise NotInstalled("cache-dit is not installed: pip install cache-dit")
+    return CacheDitCache(cache, _frozen(options))
 
 
 def applied(pipe: DiffusionPipeline, method: Method) -> AbstractContextManager[h2cache.Handle | None]:
@@ -130,16 +130,6 @@ def own_copy(pipe: DiffusionPipeline) -> DiffusionPipeline:
     other = kind(**pipe.components | {"transformer": copy.deepcopy(pipe.transformer)})
     other.set_progress_bar_config(disable=True)
     return other
-
-
-def _known(library: str, cache: str, options: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    try:
-        kind = getattr(importlib.import_module(library), cache, None)
-    except ImportError as error:
-        raise UserError(f"{cache} is a cache of {library}, which is not installed: pip install {library}") from error
-    if kind is None:
-        raise UserError(f"{library} has no {cache} in the installed version")
-    return tuple((name, _frozen(value)) for name, value in options.items())
 
 
 def _frozen(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """What an experiment measured, and what is made of it: the types that tables, figures and the report share."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -29,6 +30,8 @@ class Results:
     computed_fraction: blocks computed, of all; 1.0 for the baseline. hit_rates: dict of stage to fraction of hits.
     evaluations: the work done, in whole evaluations of the model.
     One column for each metric, NaN where it cannot be had; `unavailable` says why.
+
+    `left_out` has the settings that could not be tried at all, and why.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Results:
     machine: str
     command: str
     converged_steps: int
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def baseline(self) -> pd.DataFrame:

@@ -99,6 +99,7 @@ class SummaryTable:
         notes.append("Evaluations: the multiply-adds that ran, in whole evaluations of the model.")
         shown = results.metrics if self.metrics is None else self.metrics
         notes += [compared_with(results, shown)] if any(kind(name).needs_reference for name in shown) else []
+        notes += [f"Left out: {name} ({reason})." for name, reason in results.left_out.items()]
         return notes + _reasons(results, shown) + notes_on_failures(measured, measured)
 
 
