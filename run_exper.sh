@@ -12,14 +12,14 @@ Runs the experiments of the H2-Cache paper and writes their tables, figures, pag
 on where it was interrupted and draws nothing twice. It makes .venv from requirements-eval.txt if need be.
 
 Environment:
-  EXPERIMENTS   which, such as "table1 pareto": names of configs/experiment (default: all)
+  EXPERIMENTS   which, such as "table1 frontier": names of configs/experiment (default: all)
   MODEL         of configs/model: flux-mini (default; minutes, on a laptop), flux1-dev, nunchaku-flux1-dev, ...
   LIMIT         at most so many prompts of each experiment (default: as many as each says)
   OUT           the folder of the results (default: results/MODEL, where you are)
   LAUNCHER      local (default) or ray: on every GPU of a Ray cluster
   PYTHON        what makes .venv (default: python3)
 
-Any FIELD=VALUE goes to `python -m eval`: prompts=cute80, model.path=FOLDER, experiments.pareto.limit=20, ...
+Any FIELD=VALUE goes to `python -m eval`: prompts=cute80, model.path=FOLDER, experiments.frontier.limit=8, ...
 
 Exit code: 0; 1 if some images could not be drawn (the same command tries them again); 2 if something has to be put right
 first; 130 after Ctrl-C.

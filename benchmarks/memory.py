@@ -1,4 +1,6 @@
-"""What a method would hold at FLUX.1-dev, 1024x1024, bfloat16: counted in the tensors that the engine really keeps.
+"""What each method would hold at FLUX.1-dev, 1024x1024, bfloat16: `python -m benchmarks.memory` prints the table.
+
+Counted in the tensors that the engine really keeps, for the settings of `configs/experiment/methods.yaml`.
 
 The full-size transformer runs on the meta device, where tensors have shapes and no data, until the method's memory is
 full. Nothing can be compared there, so a method with a probe makes its first step only, which fills its memory if it
@@ -9,8 +11,11 @@ from collections.abc import Iterator
 
 import torch
 from diffusers import FluxTransformer2DModel
+from hydra import compose, initialize_config_dir
 
 import h2cache
+from eval.experiments.study import read_study
+from eval.files import CONFIGS
 from h2cache import CacheConfig, PlanConfig, PlanScheduler
 
 IMAGE_TOKENS, TEXT_TOKENS = 4096, 512
@@ -81,3 +86,20 @@ def _plan_bytes(config: PlanConfig, latents: torch.Tensor) -> int:
         scheduler.step(latents, timestep, latents)
         most = max(most, scheduler.held_bytes())
     return most
+
+
+def main() -> None:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose("eval", overrides=["experiment=methods"])
+        study = read_study(cfg, "flux-mini", lambda option: compose("run", overrides=[f"method={option}"]).method)
+    cached = [setting for setting in study.experiments[0].settings if setting.config is not None]
+    first = {setting.method: setting for setting in reversed(cached)}  # thresholds and intervals change nothing
+    transformer = flux1_dev()
+    print("| method | held for one image at FLUX.1-dev |\n|---|---:|")
+    for setting in reversed(first.values()):
+        held = held_bytes(transformer, setting.config, IMAGE_TOKENS, TEXT_TOKENS)
+        print(f"| {setting.name} | {f'{held / 1e6:,.0f} MB' if held < 1e9 else f'{held / 1e9:.1f} GB'} |")
+
+
+if __name__ == "__main__":
+    main()

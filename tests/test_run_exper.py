@@ -53,10 +53,10 @@ def test_without_anything_it_runs_all_experiments_on_the_embedded_model(clone):
 
 
 def test_its_variables_become_fields_and_its_arguments_stay(clone):
-    variables = {"EXPERIMENTS": "table1, pareto", "MODEL": "flux1-dev", "LIMIT": "8", "OUT": "a b", "LAUNCHER": "ray"}
+    variables = {"EXPERIMENTS": "table1, frontier", "MODEL": "flux1-dev", "LIMIT": "8", "OUT": "a b", "LAUNCHER": "ray"}
     process = run(clone, "prompts=cute80", "~experiments.table1.settings.ClusCa", **variables)
     assert started(process) == [
-        *("model=flux1-dev", "launcher=ray", "out=a b", "experiment=[table1,pareto]", "limit=8"),
+        *("model=flux1-dev", "launcher=ray", "out=a b", "experiment=[table1,frontier]", "limit=8"),
         *("prompts=cute80", "~experiments.table1.settings.ClusCa"),
     ]
 

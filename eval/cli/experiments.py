@@ -1,4 +1,4 @@
-"""The experiments: `python -m eval experiment=[table1,pareto] model=flux-mini limit=8 out=results/flux-mini`.
+"""The experiments: `python -m eval experiment=[table1,frontier] model=flux-mini limit=8 out=results/flux-mini`.
 
 This file is the command line: Hydra composes configs/eval.yaml, eval/experiments/harness.py does the
 work. Whatever the user can put right is one sentence on stderr and exit code 2; images that could not be drawn are 1;
@@ -57,7 +57,7 @@ def job(cfg: DictConfig) -> None:
 def main() -> None:
     commandline.prepare()
     if {"-m", "--multirun"} & set(sys.argv[1:]):
-        commandline.fail("there is no multirun here: experiment=[table1,pareto] does several in one run", PROGRAM)
+        commandline.fail("there is no multirun here: experiment=[table1,frontier] does several in one run", PROGRAM)
     sys.argv[1:] = [commandline.as_typed(argument, PLAIN_TEXT, multirun=False) for argument in sys.argv[1:]]
     try:
         job()

@@ -1,7 +1,7 @@
 """What `configs/experiment/*.yaml` say, checked: which settings on which prompts, measured how, and shown as what."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ class Experiment:
     metrics: tuple[str, ...]
     settings: tuple[Setting, ...]
     outputs: tuple[Output, ...]
-    left_out: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[str, str]
 
     def __post_init__(self) -> None:
         if self.seeds not in SEEDS:
@@ -127,7 +127,7 @@ def read_experiments(cfg: DictConfig, method: Callable[[str], DictConfig]) -> tu
     """
     chosen = cfg.get("experiments")
     if not chosen:
-        raise UserError("there is no experiment to do: choose some with experiment=[table1,pareto]")
+        raise UserError("there is no experiment to do: choose some with experiment=[table1,frontier]")
     try:
         shared = {"description": "", "limit": None, "outputs": [], "seeds_per_prompt": 1}
         shared |= {field: cfg.protocol[field] for field in OF_THE_PROTOCOL}

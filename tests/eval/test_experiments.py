@@ -23,6 +23,7 @@ from baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerC
 from eval import __main__ as program
 from eval.errors import UserError
 from eval.experiments.study import Study, read_study
+from eval.generation.backends import PeerCache
 from eval.metrics.images import PSNR, psnr
 from eval.metrics.registry import METRICS
 from h2cache import CacheConfig, H2CacheConfig
@@ -113,7 +114,7 @@ def test_every_experiment_can_be_read_for_every_model_of_images(model):
     everything = study(f"model={model}")
     assert sorted(experiment.name for experiment in everything.experiments) == SHIPPED
     made = {setting.config for each in everything.experiments for setting in each.settings} - {None}
-    assert all(isinstance(config, CacheConfig) for config in made)
+    assert all(isinstance(config, CacheConfig | PeerCache) for config in made)
     assert all(names[0] == "Baseline" for names in (list(configs(everything, name)) for name in SHIPPED))
 
 
@@ -334,9 +335,9 @@ TABLE = "experiments.table1"
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["experiment=tabel1"], ["experiment=tabel1", "table1", "pareto"]),
+        (["experiment=tabel1"], ["experiment=tabel1", "table1", "frontier"]),
         (["experiment=[table1,tabel2]"], ["experiment=tabel2", "table1"]),
-        (["experiment=[]"], ["no experiment", "experiment=[table1,pareto]"]),
+        (["experiment=[]"], ["no experiment", "experiment=[table1,frontier]"]),
         (["model=flux2"], ["model=flux2", "flux-mini", "flux1-dev"]),
         (["prompts=cute8"], ["prompts=cute8", "cute80", "jsonl"]),
         (["prompts=jsonl"], ["prompts.path"]),
@@ -464,6 +465,25 @@ def test_a_run_with_solvers_counts_evaluations(command, tmp_path):
     table = (tmp_path / "found/qualitative/summary.md").read_text()
     assert "PSNR against the baseline's image (FlowMatchEulerDiscreteScheduler, 4 steps)" in table
     assert "PSNR against the converged solution (8 steps)" in table
+
+
+def test_a_setting_whose_library_is_not_installed_is_left_out_with_the_reason(command, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cache_dit", None)
+    peers = "{method: cache_dit_dbcache}"
+    arguments = ["experiment=separation", f"+experiments.separation.settings.DBCache={peers}", "limit=1"]
+    code, stdout, stderr = command(*arguments)
+    assert (code, stderr) == (0, "4 images to draw, 1 prompts\n")
+    reason = "Left out: DBCache (cache-dit is not installed: pip install cache-dit)."
+    assert reason in (tmp_path / "results/separation/summary.md").read_text()
+
+
+def test_settings_of_the_frontier_are_those_of_other_experiments_where_they_can_be():
+    """Each image is drawn once: what the frontier adds are the caches of other libraries, and little else."""
+    rest = study("experiment=[table1,solvers,methods]", "limit=1").all_cells
+    frontier = study("experiment=frontier", "limit=1").all_cells
+    new = [cell.method for cell in set(frontier) - set(rest)]
+    assert len(frontier) > 90 and len(new) <= 28
+    assert {type(method).__name__ for method in new} == {"H2CacheConfig", "DiffusersCache", "CacheDitCache"}
 
 
 def test_several_seeds_of_a_prompt_are_one_prompt():

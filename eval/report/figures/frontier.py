@@ -67,7 +67,7 @@ class Frontier(FigureOutput):
         width = COLUMN if len(methods) <= FEW else PAGE
         columns = max(1, int(width / (HANDLE + max(map(text_width, [*methods, "overall frontier"])))))
         lines = -(-(len(methods) + 2) // columns)
-        height = HEIGHT if len(methods) <= FEW else 1.6 * HEIGHT
+        height = HEIGHT if len(methods) <= FEW else 2 * HEIGHT
         figure = Figure(figsize=(width, height + LINE * (1 + lines)), layout="constrained")
         ax = figure.subplots()
         ax.plot([p.x for p in overall], [p.y for p in overall], color="#cfcfcf", linewidth=5, zorder=1, gid="pareto")

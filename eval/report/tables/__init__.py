@@ -1,6 +1,7 @@
 """Tables of an experiment: Markdown, LaTeX, CSV and the terminal; configs/experiment/*.yaml list them as outputs."""
 
+from eval.report.tables.equal_work import EqualWork
 from eval.report.tables.grid import GridTable
 from eval.report.tables.summary import SummaryTable
 
-__all__ = ["GridTable", "SummaryTable"]
+__all__ = ["EqualWork", "GridTable", "SummaryTable"]

@@ -1,1 +1,0 @@
-"""Whether computing the two stages at different steps pays, by a search over two-stage plans."""
