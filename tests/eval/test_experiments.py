@@ -471,7 +471,7 @@ def test_a_setting_whose_library_is_not_installed_is_left_out_with_the_reason(co
     monkeypatch.setitem(sys.modules, "cache_dit", None)
     peers = "{method: cache_dit_dbcache}"
     arguments = ["experiment=separation", f"+experiments.separation.settings.DBCache={peers}", "limit=1"]
-    code, stdout, stderr = command(*arguments)
+    code, _, stderr = command(*arguments)
     assert (code, stderr) == (0, "4 images to draw, 1 prompts\n")
     reason = "Left out: DBCache (cache-dit is not installed: pip install cache-dit)."
     assert reason in (tmp_path / "results/separation/summary.md").read_text()
