@@ -100,6 +100,7 @@ def _row(row: Row, record: Record, references: Mapping[str, Record]) -> dict[str
         "word": cell.prompt.word,
         "seed": cell.seed,
         "steps": cell.steps,
+        "images": cell.images,
         "total_seconds": record.total_seconds,
     }
     columns |= dataclasses.asdict(record) | {"evaluations": _evaluations(cell, record, references)}

@@ -23,6 +23,7 @@ FIXED_SEED = 0  # the paper's, for every prompt
 SEEDS = ("fixed", "per_prompt")
 OF_THE_PROTOCOL = ("seeds", "steps", "metrics", "converged_steps")  # what an experiment need not say itself
 OF_A_RUN = ("steps", "scheduler", "call")  # what a setting may say besides its method's fields
+LABEL = "label"  # what it may say of itself: its name is then "Block Cache (library default)"
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,9 @@ class _Variant:
         return self.config is None and not self.run
 
     def name(self, family: str, differing: Sequence[str]) -> str:
-        return ", ".join([family, *(f"{f} = {_text(self.fields[f])}" for f in differing if f in self.fields)])
+        label = f" ({self.fields[LABEL]})" if self.fields.get(LABEL) else ""
+        varied = [f"{f} = {_text(self.fields[f])}" for f in differing if f in self.fields and f != LABEL]
+        return ", ".join([family, *varied]) + label
 
 
 def _settings(place: str, family: str, entry: Any, method: Callable[[str], DictConfig]) -> list[Setting]:
@@ -221,7 +224,7 @@ def _settings(place: str, family: str, entry: Any, method: Callable[[str], DictC
 
 def _variants(place: str, base: DictConfig, fields: Mapping[str, Any]) -> list[_Variant]:
     defaults = OmegaConf.to_container(base, resolve=True)
-    known = [*(field for field in defaults if field != "_target_"), *OF_A_RUN]
+    known = [*(field for field in defaults if field != "_target_"), *OF_A_RUN, LABEL]
     for field in fields:
         if field not in known:
             raise UserError(f"{place}: there is no field {field}; choose from {', '.join(known)}")
@@ -238,7 +241,7 @@ def _variant(place: str, defaults: Mapping[str, Any], point: Mapping[str, Any]) 
         raise UserError(f"{place}: there is no scheduler {run['scheduler']}; choose from {', '.join(SCHEDULERS)}")
     if "call" in run:
         run["call"] = tuple(sorted(run["call"].items()))
-    made = {field: value for field, value in point.items() if field not in OF_A_RUN}
+    made = {field: value for field, value in point.items() if field not in (*OF_A_RUN, LABEL)}
     return _Variant(point, _made(place, defaults | made), run)
 
 

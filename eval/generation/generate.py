@@ -46,12 +46,17 @@ def generate(
 ) -> Drawing:
     """Draw what `pipe(prompt=prompt, generator=torch.Generator("cpu").manual_seed(seed), **call_arguments)` draws.
 
+    With `num_images_per_prompt` the times are of the whole batch and the frames of its first image. That one has the
+    noise of `seed`, the next that of `seed + 1`, and so on.
+
     Noise comes from the CPU so that a seed means the same on every device. `on_step(done, total)` is called after every
     denoising step. Clocks are read with the device idle: text ends with the last call of a text encoder, denoising with
     the last step. Arguments that the pipeline does not take are left out.
     """
     device = pipe._execution_device  # asked once: finding it out takes milliseconds
     given = {name: value for name, value in call_arguments.items() if takes(pipe, name)}
+    count = given.get("num_images_per_prompt", 1)
+    noise = [torch.Generator("cpu").manual_seed(seed + index) for index in range(count)]
     start = text_end = denoising_end = _now(device)
 
     def after_text(encoder: nn.Module, args: tuple, output: Any) -> None:
@@ -68,9 +73,9 @@ def generate(
     with ExitStack() as hooks:
         for encoder in _text_encoders(pipe):
             hooks.enter_context(encoder.register_forward_hook(after_text))
-        (result,) = pipe(
+        result, *_ = pipe(
             prompt=prompt,
-            generator=torch.Generator("cpu").manual_seed(seed),
+            generator=noise[0] if len(noise) == 1 else noise,
             callback_on_step_end=after_step,
             output_type="pil",
             **given,

@@ -51,6 +51,11 @@ class Cell:
     call: tuple[tuple[str, Any], ...] = ()
 
     @property
+    def images(self) -> int:
+        """How many the call draws at a time: its batch."""
+        return dict(self.call).get("num_images_per_prompt", 1)
+
+    @property
     def way(self) -> "Way":
         """How it is drawn, whatever the prompt."""
         return self.method, self.scheduler, self.steps, self.call
@@ -69,6 +74,8 @@ class Drawn:
         multiply_adds, calls: of the denoiser (`eval.generation.work`).
         solver: the class of the scheduler.
         overhead_seconds: what the harness took of the time besides.
+        cold_seconds: the denoising time of the same drawing just before, the first one with this method in its process;
+            None where there was one before.
     """
 
     image: Image.Image
@@ -84,13 +91,14 @@ class Drawn:
     machine: str
     versions: str
     overhead_seconds: float
+    cold_seconds: float | None = None
 
 
 @dataclass(frozen=True)
 class Record:
     """A drawn cell, read back: where its files are, and what was measured. `image_sha256` is of the PNG's bytes.
 
-    Records of the first versions lack `multiply_adds`, `calls` and `solver`: None.
+    Records of the first versions lack `multiply_adds`, `calls`, `solver` and `cold_seconds`: None.
     """
 
     fingerprint: str
@@ -108,6 +116,7 @@ class Record:
     multiply_adds: int | None = None
     calls: int | None = None
     solver: str | None = None
+    cold_seconds: float | None = None
 
     @property
     def total_seconds(self) -> float:
@@ -261,7 +270,7 @@ def _number(text: str) -> int | float:
 
 def _measured(drawn: Drawn) -> dict[str, Any]:
     names = ("text_seconds", "denoising_seconds", "vae_seconds", "peak_memory_bytes", "computed_fraction")
-    names += ("machine", "versions", "multiply_adds", "calls", "solver")
+    names += ("machine", "versions", "multiply_adds", "calls", "solver", "cold_seconds")
     measured = {name: getattr(drawn, name) for name in names}
     return measured | {"hit_rates": {} if drawn.trace is None else hit_rates(drawn.trace)}
 

@@ -5,7 +5,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any, Protocol
 
@@ -20,9 +20,6 @@ from eval.generation.work import WorkCounter
 from eval.models.environment import machine_name
 from eval.models.pipelines import ModelConfig, load_pipeline
 from eval.models.schedulers import denoised_with
-from h2cache import PlanConfig
-
-WARM_UP_STEPS = 8  # allocations, kernel choices; with a cache also the steps that are skipped first
 
 Batch = tuple[Cell, ...]  # of one prompt: what is drawn in one go
 
@@ -94,15 +91,16 @@ class Painter:
         self._copy: DiffusionPipeline | None = None
 
     def draw(self, cell: Cell, on_step: Callable[[int, int], None] = lambda done, total: None) -> Drawn | Failure:
-        """The cell's image and measurements, after untimed steps if its method is new here; or why there is none."""
+        """The cell's image and measurements; or why there is none.
+
+        A method that is new here draws twice: allocations and choices of kernels are in the first time alone.
+        """
         try:
+            cold = None
             if (cell.method, cell.scheduler, cell.call) not in self._warm:
-                # A plan is for its number of steps, and so may be what other libraries are told.
-                whole = isinstance(cell.method, PlanConfig | PeerCache)
-                steps = cell.steps if whole else min(cell.steps, WARM_UP_STEPS)
-                self._generate(cell, steps, lambda done, total: None)
+                cold = self._generate(cell, lambda done, total: None).denoising_seconds
                 self._warm.add((cell.method, cell.scheduler, cell.call))
-            return self._generate(cell, cell.steps, on_step)
+            return replace(self._generate(cell, on_step), cold_seconds=cold)
         except Exception as error:  # whatever a method or a device can raise: the other cells go on
             reason, details = f"{type(error).__name__}: {error}".strip(), traceback.format_exc()
         gc.collect()  # an out-of-memory's frames hold what filled the memory
@@ -110,9 +108,9 @@ class Painter:
             torch.cuda.empty_cache()
         return Failure(" ".join(reason.split()), details)
 
-    def _generate(self, cell: Cell, steps: int, on_step: Callable[[int, int], None]) -> Drawn:
+    def _generate(self, cell: Cell, on_step: Callable[[int, int], None]) -> Drawn:
         start = time.perf_counter()
-        arguments = self._model.call_arguments | {"num_inference_steps": steps} | dict(cell.call)
+        arguments = self._model.call_arguments | {"num_inference_steps": cell.steps} | dict(cell.call)
         pipe = self._pipe_for(cell)
         on_gpu = self._device.type == "cuda"
         if on_gpu:

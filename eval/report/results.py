@@ -26,6 +26,9 @@ class Results:
     prompt_id, prompt, word (None where the prompt set has none), seed.
     fingerprint, image (Path of the PNG), trace (Path of the CSV of `handle.trace.to_pandas()`, None for the baseline).
     total_seconds, text_seconds, denoising_seconds, vae_seconds; peak_memory_bytes (NaN off the GPU).
+    images: how many were drawn at a time; the times are of them all, image and metrics of the first.
+    cold_seconds: denoising time of the first drawing with the setting in a process, which the other columns are not
+    of; NaN for all later ones.
     backend: whose code caches; scheduler: None for the pipeline's own; solver: its class; steps: denoising steps.
     computed_fraction: blocks computed, of all; 1.0 for the baseline. hit_rates: dict of stage to fraction of hits.
     evaluations: the work done, in whole evaluations of the model.

@@ -93,18 +93,21 @@ def test_what_is_missing_is_added_and_the_rest_stays(draw):
     assert {name: second.records[name] for name in first.records} == first.records
 
 
-def test_every_setting_is_warmed_up_once_outside_the_clock(model, monkeypatch):
-    calls = []
+def test_the_first_drawing_with_a_setting_is_kept_as_cold_and_done_again(model, monkeypatch):
+    calls, taken = [], []
 
     def spy(pipe, prompt, seed, on_step, **arguments):
         calls.append(arguments["num_inference_steps"])
-        return generate(pipe, prompt, seed, on_step, **arguments)
+        drawing = generate(pipe, prompt, seed, on_step, **arguments)
+        taken.append(drawing.denoising_seconds)
+        return drawing
 
     monkeypatch.setattr(sweeping, "generate", spy)
     painter = Painter(model)
-    for cell in CELLS:
-        painter.draw(Cell(cell.prompt, cell.seed, 10, cell.method))
-    assert calls == [sweeping.WARM_UP_STEPS, 10] * 3 + [10] * 3
+    drawn = [painter.draw(Cell(cell.prompt, cell.seed, 10, cell.method)) for cell in CELLS]
+    assert calls == [10] * 9
+    assert [each.cold_seconds for each in drawn] == [*taken[:6:2], None, None, None]
+    assert [each.denoising_seconds for each in drawn] == [*taken[1:6:2], *taken[6:]]
 
 
 def fail_with(error: Exception, method: object, monkeypatch) -> None:

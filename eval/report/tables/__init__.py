@@ -2,6 +2,8 @@
 
 from eval.report.tables.equal_work import EqualWork
 from eval.report.tables.grid import GridTable
+from eval.report.tables.spread import SpreadTable
 from eval.report.tables.summary import SummaryTable
+from eval.report.tables.throughput import ThroughputTable
 
-__all__ = ["EqualWork", "GridTable", "SummaryTable"]
+__all__ = ["EqualWork", "GridTable", "SpreadTable", "SummaryTable", "ThroughputTable"]
