@@ -25,7 +25,7 @@ from eval.metrics.registry import Metrics, kind
 from eval.metrics.scores import Scores
 from eval.models.environment import environment
 from eval.models.identity import identity
-from eval.report import page
+from eval.report import page, published
 from eval.report.results import Artifact, Results
 from eval.report.tables import SummaryTable
 
@@ -56,8 +56,8 @@ def run(cfg: DictConfig, model_name: str, method: Callable[[str], DictConfig], c
         if len(frame)
     ]
     with messages.status("drawing tables and figures"):
-        made = _make(study, results, environment(command) | _facts(study, report))
-    _tell(Console(highlight=False, soft_wrap=True), study, made, report)
+        made, beside = _make(study, results, environment(command) | _facts(study, report))
+    _tell(Console(highlight=False, soft_wrap=True), study, made, beside, report)
     if report.failures:
         _complain(messages, study, report)
     return 1 if report.failures else 0
@@ -140,8 +140,10 @@ def _results(
     )
 
 
-def _make(study: Study, results: Sequence[Results], facts: Mapping[str, Any]) -> list[tuple[Results, list[Artifact]]]:
-    """Write all that is made of the results; returns it."""
+def _make(
+    study: Study, results: Sequence[Results], facts: Mapping[str, Any]
+) -> tuple[list[tuple[Results, list[Artifact]]], Artifact | None]:
+    """Write all that is made of the results; returns it, and the table of what the papers claim."""
     outputs = {experiment.name: experiment.outputs for experiment in study.experiments}
     made: list[tuple[Results, list[Artifact]]] = []
     try:
@@ -155,14 +157,15 @@ def _make(study: Study, results: Sequence[Results], facts: Mapping[str, Any]) ->
             made.append((each, [artifact for artifact in artifacts if artifact]))
         with atomic_files([study.out / ENVIRONMENT]) as (file,):
             file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        if made:
-            page.write(made, facts, study.out / PAGE)
+        beside = published.make(results, study.out / "published", published.read_claims()) if made else None
+        if beside:
+            page.write(made, facts, study.out / PAGE, published=beside)
     except OSError as error:
         raise UserError(
             f"cannot write to {study.out} ({error.strerror}): put that right and run the same command again; all "
             "images are kept"
         ) from error
-    return made
+    return made, beside
 
 
 def _below(folder: Path) -> Callable[[Path | None], str | None]:
@@ -185,7 +188,13 @@ def _facts(study: Study, report: Report) -> dict[str, Any]:
     return facts
 
 
-def _tell(console: Console, study: Study, made: Sequence[tuple[Results, Sequence[Artifact]]], report: Report) -> None:
+def _tell(
+    console: Console,
+    study: Study,
+    made: Sequence[tuple[Results, Sequence[Artifact]]],
+    beside: Artifact | None,
+    report: Report,
+) -> None:
     """Where everything is."""
     outputs = {experiment.name: experiment.outputs for experiment in study.experiments}
     for results, artifacts in made:
@@ -194,6 +203,8 @@ def _tell(console: Console, study: Study, made: Sequence[tuple[Results, Sequence
                 _show(console, output.terminal(results))
         for artifact in artifacts:
             console.print(f"{results.name}: {artifact.title}: {', '.join(map(str, artifact.files))}", markup=False)
+    if beside:
+        console.print(f"{beside.title}: {', '.join(map(str, beside.files))}", markup=False)
     now = f", {report.drawn} of them drawn now" if report.drawn else ""
     console.print(f"{len(report.records)} images{now}; tables, figures and images: {study.out / PAGE}", markup=False)
 

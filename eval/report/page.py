@@ -58,22 +58,28 @@ def write(
     environment: Mapping[str, Any],
     target: Path,
     image_budget: int = IMAGE_BUDGET,
+    published: Artifact | None = None,
 ) -> None:
     """Write the page to `target`, whole or not at all; links to the artifacts' files are relative to it.
 
     `environment` may nest: `title` and FACTS go to the header (model, machine and command by default those of the first
     results), all else into a table at the end. Images to compare are compressed, as many prompts of each experiment as
-    fit into `image_budget` bytes, and the page says so. UserError if there is nothing to show.
+    fit into `image_budget` bytes, and the page says so. `published` is a table in a section of its own. UserError if
+    there is nothing to show.
     """
     if not results:
         raise UserError(f"cannot write {target}: there are no results; run an experiment first")
-    page = _page(results, environment, target.parent, image_budget)
+    page = _page(results, environment, target.parent, image_budget, published)
     with atomic_files([target]) as (temporary,):
         temporary.write_text(page, encoding="utf-8")
 
 
 def _page(
-    results: Sequence[tuple[Results, Sequence[Artifact]]], environment: Mapping[str, Any], folder: Path, budget: int
+    results: Sequence[tuple[Results, Sequence[Artifact]]],
+    environment: Mapping[str, Any],
+    folder: Path,
+    budget: int,
+    published: Artifact | None,
 ) -> str:
     compared, images = comparisons([each for each, _ in results], budget)
     experiments = [
@@ -97,6 +103,7 @@ def _page(
         facts=[(name, _readable(facts[name])) for name in FACTS if facts.get(name)],
         environment=list(_flat({key: value for key, value in environment.items() if key not in (*FACTS, "title")})),
         experiments=experiments,
+        published=published and _table(published, folder),
         data={"images": images, "comparisons": [each and each.data for each in compared]},
         style=Markup(style),  # ours, as the script is
         script=Markup(script),

@@ -1,6 +1,5 @@
 """The papers' numbers beside ours: the table `published`, of the claims in configs/published.yaml."""
 
-import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import yaml
 from eval.files import CONFIGS
 from eval.report.figures.measures import best_setting
 from eval.report.results import BASELINE, KEY, Artifact, Results
-from eval.report.tables.quantities import CHANGE, MEANINGLESS, SPEEDUP, metric
+from eval.report.tables.quantities import CHANGE, MEANINGLESS, metric
 from eval.report.tables.sheet import Sheet
 from eval.report.tables.statistics import ratio, summarize
 
@@ -31,8 +30,9 @@ WORDS = (0, 1, 2, 5, 6, 7)  # columns of text
 
 @dataclass(frozen=True)
 class Ours:
-    """What was measured, with its 95 % interval over prompts; `form` is a format specification with a sign if need be."""
+    """What was measured on `n` prompts, with its 95 % interval over prompts; `form` is a format specification."""
 
+    n: int
     value: float
     low: float
     high: float
@@ -41,7 +41,7 @@ class Ours:
 
     def minus(self, number: float) -> "Ours":
         signed = "+" + self.form.removeprefix("+")
-        return Ours(self.value - number, self.low - number, self.high - number, signed, self.unit)
+        return Ours(self.n, self.value - number, self.low - number, self.high - number, signed, self.unit)
 
     def __str__(self) -> str:
         value, *ends = (f"{number:{self.form}}" for number in (self.value, self.low, self.high))
@@ -68,7 +68,8 @@ def read_claims(path: Path = CLAIMS) -> dict[str, Any]:
 
 def make(results: Sequence[Results], folder: Path, claims: Mapping[str, Any]) -> Artifact:
     """`published`.md, .csv and .tex: every claim with its verdict, from whichever experiments there are."""
-    rows = [_row(claim, claims["rules"], {each.name: each for each in results}) for claim in claims["claims"]]
+    by_name = {each.name: each for each in results}
+    rows = [_row(claim, claims, by_name) for claim in claims["claims"]]
     cells = tuple(_cells(row, claims) for row in rows)
     sheet = Sheet("Published beside made", HEADER, cells, tuple(_notes(results, claims)), WORDS)
     return sheet.write(pd.DataFrame([_numbers(row) for row in rows]), folder, "published", "published")
@@ -81,10 +82,10 @@ def verdict(rule: Mapping[str, Any], low: float, high: float, published: float |
         end, relation, number = rule[word]
         if RELATIONS[relation](ends[end], published if number == "published" else number):
             return word
-    return "undecided"  # NaN, without an interval, is neither
+    return "undecided"
 
 
-def _row(claim: Mapping[str, Any], rules: Mapping[str, Any], results: Mapping[str, Results]) -> Row:
+def _row(claim: Mapping[str, Any], claims: Mapping[str, Any], results: Mapping[str, Results]) -> Row:
     if "not_testable" in claim:
         return Row(claim, None, f"not testable here: {claim['not_testable']}")
     experiment = claim["measured"]["experiment"]
@@ -94,7 +95,10 @@ def _row(claim: Mapping[str, Any], rules: Mapping[str, Any], results: Mapping[st
         ours = _measured(results[experiment], claim["measured"])
     except NotTestable as reason:
         return Row(claim, None, f"not testable here: {reason}")
-    return Row(claim, ours, verdict(rules[claim["rule"]], ours.low, ours.high, claim["published"].get("value")))
+    if ours.n < claims["min_prompts"]:
+        return Row(claim, ours, f"undecided: {ours.n} prompts, a verdict takes {claims['min_prompts']}")
+    rule = claims["rules"][claim["rule"]]
+    return Row(claim, ours, verdict(rule, ours.low, ours.high, claim["published"].get("value")))
 
 
 def _measured(results: Results, measured: Mapping[str, Any]) -> Ours:
@@ -104,21 +108,21 @@ def _measured(results: Results, measured: Mapping[str, Any]) -> Ours:
     if quantity in RATIOS:
         column, _ = RATIOS[quantity]
         times = ratio(rows[column], _rows(results, against or BASELINE)[column])
-        return Ours(*(1 / number for number in (times.value, times.high, times.low)), ".2f", SPEEDUP.unit)
+        return Ours(times.n, *(1 / number for number in (times.value, times.high, times.low)), ".2f", "x")
     _require_metric(results, quantity)
     about = metric(quantity)
     unit = about.label.partition(", ")[2]
     form, unit = (".2f", f" {unit}") if unit else (".4f", "")
     if against is None:
         found = summarize(rows[quantity])
-        return Ours(found.mean, found.low, found.high, form, unit)
+        return Ours(found.n, found.mean, found.low, found.high, form, unit)
     other = _rows(results, against)[quantity]
     if about.comparison is CHANGE:
         share = ratio(rows[quantity], other)
-        return Ours(*(CHANGE.of(number) for number in (share.value, share.low, share.high)), "+.2f", " %")
+        return Ours(share.n, *(CHANGE.of(number) for number in (share.value, share.low, share.high)), "+.2f", " %")
     pairs = pd.concat([rows[quantity], other], axis=1, join="inner").astype(np.float64)
     found = summarize(pairs.iloc[:, 0] - pairs.iloc[:, 1])
-    return Ours(found.mean, found.low, found.high, f"+{form}", unit)
+    return Ours(found.n, found.mean, found.low, found.high, f"+{form}", unit)
 
 
 def _rows(results: Results, setting: str | Mapping[str, str]) -> pd.DataFrame:
@@ -140,3 +144,56 @@ def _require_metric(results: Results, name: str) -> None:
         raise NotTestable(f"{metric(name).label} is n/a ({results.unavailable[name]})")
     if name not in results.metrics:
         raise NotTestable(f"{results.name} does not measure {name} on {results.model}")
+
+
+def _cells(row: Row, claims: Mapping[str, Any]) -> tuple[str, ...]:
+    claim, ours = row.claim, row.ours
+    published = claim["published"]
+    difference = MEANINGLESS
+    if ours and "value" in published:
+        difference = str(ours.minus(published["value"]))
+    return (
+        claim["claim"],
+        f"{claims['sources'][claim['source']]['name']}, {claim['where']}",
+        published["text"],
+        str(ours) if ours else MEANINGLESS,
+        difference,
+        _measured_as(claim["measured"]) if "measured" in claim else MEANINGLESS,
+        claims["rules"][claim["rule"]]["tests"] if "rule" in claim else MEANINGLESS,
+        row.verdict,
+    )
+
+
+def _measured_as(measured: Mapping[str, Any]) -> str:
+    """In words: 'table1: HiCache against Taylor-Scaled, PSNR, dB'."""
+    quantity = measured["quantity"]
+    label = RATIOS[quantity][1] if quantity in RATIOS else metric(quantity).label
+    settings = [_setting(measured[each]) for each in ("setting", "against") if each in measured]
+    return f"{measured['experiment']}: {' against '.join(settings)}; {label}"
+
+
+def _setting(setting: str | Mapping[str, str]) -> str:
+    if isinstance(setting, str):
+        return setting
+    return f"best {metric(setting['best']).label.partition(',')[0]} at the speed of {setting['as_fast_as']} or above"
+
+
+def _notes(results: Sequence[Results], claims: Mapping[str, Any]) -> list[str]:
+    models = " and ".join(dict.fromkeys(f"{each.model}, {each.machine}" for each in results))
+    conditions = (f"{source['name']}: {source['conditions']}" for source in claims["sources"].values())
+    rules = (f"{rule['tests']}: {rule['text']}" for rule in claims["rules"].values())
+    return [
+        f"Ours: on {models}; means with their 95 % intervals over prompts. A verdict on a magnitude is about this "
+        "model and machine, not about those of the paper.",
+        f"Verdicts. {'; '.join(dict.fromkeys(rules))}. Else undecided.",
+        f"Published under these conditions. {'; '.join(conditions)}.",
+    ]
+
+
+def _numbers(row: Row) -> dict[str, Any]:
+    """All of it under the names of a CSV."""
+    claim, ours = row.claim, row.ours
+    numbers = {"n": ours.n, "ours": ours.value, "ours_ci95_low": ours.low, "ours_ci95_high": ours.high} if ours else {}
+    told = {name: claim[name] for name in ("id", "source", "where", "claim")}
+    value = claim["published"].get("value")
+    return told | {"published": value, **numbers, "rule": claim.get("rule"), "verdict": row.verdict}

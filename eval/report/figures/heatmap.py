@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import Normal, Stroke
 
 from eval.errors import UserError
-from eval.report.figures.measures import FIELD_LABELS, Measure, measure
+from eval.report.figures.measures import FIELD_LABELS, Measure, best_setting, measure
 from eval.report.figures.output import Drawn, FigureOutput
 from eval.report.figures.style import BLACK, COLUMN, LINE, PAGE, wrap
 from eval.report.results import Results
@@ -76,7 +76,24 @@ class HeatMap(FigureOutput):
         frame = self._frame((0, 0))
         if frame is not None:
             figure.legend(handles=[frame], labels=[self.marked_label], loc="outside lower center", handlelength=1.4)
-        return Drawn(figure, self._caption(results, measures))
+        return Drawn(figure, " ".join([self._caption(results, measures), *self._best_pairs(results, grid, shown)]))
+
+    def _best_pairs(self, results: Results, grid: dict[tuple, pd.DataFrame], shown: list[Measure]) -> list[str]:
+        """Which pair is best by each metric at the marked one's speed, in a sentence; none without a marked one."""
+        at = (self.marked[self.rows], self.marked[self.columns]) if self.marked else None
+        best = {each: best_setting(results, grid, each.name, at) for each in shown if each.name in results.metrics}
+        found = [
+            f"{each.label.partition(',')[0]} {each.format(each.of(grid[pair]).value)} at {self._pair(pair)}"
+            for each, pair in best.items()
+            if pair is not None
+        ]
+        if not found:
+            return []
+        return [f"Best among the pairs that denoise at least as fast as {self._pair(at)}: {'; '.join(found)}."]
+
+    def _pair(self, pair: tuple) -> str:
+        names = (FIELD_LABELS.get(name, name) for name in (self.rows, self.columns))
+        return ", ".join(f"{name} = {_text(value)}" for name, value in zip(names, pair, strict=True))
 
     def _grid(self, results: Results) -> dict[tuple, pd.DataFrame]:
         """(value of `rows`, value of `columns`) to the rows of the frame."""

@@ -4,7 +4,7 @@ The summaries are those of the tables (`eval.report.tables.statistics`), so that
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -119,6 +119,22 @@ def _speedup(results: Results, column: str) -> Callable[[pd.DataFrame], Measured
         return Measured(1 / times.value, 1 / times.high, 1 / times.low)
 
     return of
+
+
+def best_setting(
+    results: Results, groups: Mapping[Hashable, pd.DataFrame], name: str, as_fast_as: Hashable
+) -> Hashable | None:
+    """The key of the group with the best measure `name` among those that denoise at least as fast as one of them.
+
+    The first of equals; None where that one is not there or none has a value. NaN is no value.
+    """
+    if as_fast_as not in groups:
+        return None
+    speed, each = measure(results, "denoising_speedup"), measure(results, name)
+    floor = speed.of(groups[as_fast_as]).value
+    values = {key: each.of(rows).value for key, rows in groups.items() if speed.of(rows).value >= floor}
+    known = {key: value for key, value in values.items() if not math.isnan(value)}
+    return (max if each.more_is_better else min)(known, key=known.get, default=None)
 
 
 def measures_of(results: Results, names: Sequence[str]) -> list[Measure]:

@@ -28,16 +28,24 @@ LATEX_SPECIAL = {
 
 @dataclass(frozen=True)
 class Sheet:
-    """What a table shows: rows of cells, the first column left, the others right; `notes` are sentences under it."""
+    """What a table shows: rows of cells; `notes` are sentences under it.
+
+    Columns are right-aligned but for those of `words`, the first unless more are given.
+    """
 
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...]
+    words: tuple[int, ...] = (0,)
+
+    def _aligned(self, left: str, right: str) -> list[str]:
+        """One of the two for each column."""
+        return [left if number in self.words else right for number in range(len(self.header))]
 
     def to_markdown(self) -> str:
         """Names are data: markup in them stays text."""
-        lines = [self.header, ("---", *["---:"] * (len(self.header) - 1))]
+        lines = [self.header, self._aligned("---", "---:")]
         lines = [" | ".join(map(_markdown, lines[0])), "|".join(lines[1])]
         lines += [" | ".join(map(_markdown, row)) for row in self.rows]
         lines = [f"| {lines[0]} |", f"|{lines[1]}|", *(f"| {line} |" for line in lines[2:])]
@@ -48,12 +56,14 @@ class Sheet:
         """A `table` for a document with \\usepackage{booktabs} and \\usepackage[T1]{fontenc}."""
         rows = [" & ".join(map(_latex, row)) + r" \\" for row in self.rows]
         caption = " ".join([self.title.rstrip(".") + ".", *self.notes])
+        # Several columns of words would be wider than a page: their lines break.
+        text = "l" if len(self.words) == 1 else rf"p{{{1 / len(self.header):.2f}\textwidth}}"
         lines = [
             r"\begin{table}",
             r"\centering",
             rf"\caption{{{_latex(caption)}}}",
             rf"\label{{tab:{label}}}",
-            rf"\begin{{tabular}}{{l{'r' * (len(self.header) - 1)}}}",
+            rf"\begin{{tabular}}{{{''.join(self._aligned(text, 'r'))}}}",
             r"\toprule",
             " & ".join(map(_latex, self.header)) + r" \\",
             r"\midrule",
@@ -68,7 +78,7 @@ class Sheet:
         """For the terminal."""
         table = Table(title=Text(self.title), box=box.SIMPLE_HEAD, title_justify="left")
         for number, name in enumerate(self.header):
-            table.add_column(Text(name), justify="right" if number else "left", overflow="fold")
+            table.add_column(Text(name), justify="left" if number in self.words else "right", overflow="fold")
         for row in self.rows:
             table.add_row(*map(Text, row))
         return table

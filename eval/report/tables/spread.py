@@ -27,15 +27,15 @@ class SpreadTable:
         measured = Measured.of(results)
         if all(measured.failed(setting) for setting in measured):
             return None
-        header = ("setting", *(f"{time}, s: {what}" for time in ("all", "denoising") for what in ("mean", "std", "p95")))
+        times = [f"{time}, s: {what}" for time in ("all", "denoising") for what in ("mean", "std", "p95")]
         rows = tuple((setting, *self._times(measured, setting)) for setting in measured)
         notes = (
             f"{means_over(results, measured)}; std and p95 (the 95th percentile) are over images.",
-            "All: with text encoding and VAE. First: the denoising time of the first drawing with a setting in a process, "
-            "which is done again and in no other number; later ones are the mean of denoising.",
+            "All: with text encoding and VAE. First: the denoising of the first drawing with a setting in a process, "
+            "which is in no other number.",
             *notes_on_failures(measured, measured),
         )
-        sheet = Sheet(self.title, (*header, COLD.label), rows, notes)
+        sheet = Sheet(self.title, ("setting", *times, COLD.label), rows, notes)
         return sheet.write(self._data(measured), folder, self.name, results.name)
 
     def _times(self, measured: Measured, setting: str) -> list[str]:
@@ -47,14 +47,13 @@ class SpreadTable:
         return [*texts, _seconds(summarize(COLD.of(group).astype(np.float64)).mean)]
 
     def _data(self, measured: Measured) -> pd.DataFrame:
-        quantities = (TOTAL, DENOISING, COLD)
-        return pd.DataFrame(
-            [
-                {"setting": setting}
-                | {name: value for each in quantities for name, value in numbers(measured.cell(setting, each), each).items()}
-                for setting in measured
-            ]
-        )
+        rows = []
+        for setting in measured:
+            row: dict[str, object] = {"setting": setting}
+            for quantity in (TOTAL, DENOISING, COLD):
+                row |= numbers(measured.cell(setting, quantity), quantity)
+            rows.append(row)
+        return pd.DataFrame(rows)
 
 
 def _seconds(value: float) -> str:

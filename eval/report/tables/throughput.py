@@ -63,8 +63,8 @@ class ThroughputTable:
                 place = (BASELINE if first["backend"] == UNCACHED else first["method"], int(first["images"]))
                 if places.setdefault(place, setting) != setting:
                     raise UserError(
-                        f"ThroughputTable: {places[place]!r} and {setting!r} both draw {place[1]} images at a time with "
-                        f"{place[0]}; leave one out"
+                        f"ThroughputTable: {places[place]!r} and {setting!r} both draw {place[1]} images at a time "
+                        f"with {place[0]}; leave one out"
                     )
         return places
 
