@@ -113,16 +113,15 @@ def _measured(results: Results, measured: Mapping[str, Any]) -> Ours:
     about = metric(quantity)
     unit = about.label.partition(", ")[2]
     form, unit = (".2f", f" {unit}") if unit else (".4f", "")
-    if against is None:
-        found = summarize(rows[quantity])
-        return Ours(found.n, found.mean, found.low, found.high, form, unit)
-    other = _rows(results, against)[quantity]
-    if about.comparison is CHANGE:
-        share = ratio(rows[quantity], other)
-        return Ours(share.n, *(CHANGE.of(number) for number in (share.value, share.low, share.high)), "+.2f", " %")
-    pairs = pd.concat([rows[quantity], other], axis=1, join="inner").astype(np.float64)
-    found = summarize(pairs.iloc[:, 0] - pairs.iloc[:, 1])
-    return Ours(found.n, found.mean, found.low, found.high, f"+{form}", unit)
+    values = rows[quantity].astype(np.float64)
+    if against is not None:
+        other = _rows(results, against)[quantity].astype(np.float64)
+        if about.comparison is CHANGE:
+            share = ratio(values, other)
+            return Ours(share.n, *(CHANGE.of(number) for number in (share.value, share.low, share.high)), "+.2f", " %")
+        values, form = values - other, f"+{form}"  # NaN where either lacks the image
+    found = summarize(values.groupby(level=0).mean())
+    return Ours(found.n, found.mean, found.low, found.high, form, unit)
 
 
 def _rows(results: Results, setting: str | Mapping[str, str]) -> pd.DataFrame:
@@ -193,7 +192,8 @@ def _notes(results: Sequence[Results], claims: Mapping[str, Any]) -> list[str]:
 def _numbers(row: Row) -> dict[str, Any]:
     """All of it under the names of a CSV."""
     claim, ours = row.claim, row.ours
-    numbers = {"n": ours.n, "ours": ours.value, "ours_ci95_low": ours.low, "ours_ci95_high": ours.high} if ours else {}
     told = {name: claim[name] for name in ("id", "source", "where", "claim")}
-    value = claim["published"].get("value")
-    return told | {"published": value, **numbers, "rule": claim.get("rule"), "verdict": row.verdict}
+    told["published"] = claim["published"].get("value")
+    for name, field in (("n", "n"), ("ours", "value"), ("ours_ci95_low", "low"), ("ours_ci95_high", "high")):
+        told[name] = getattr(ours, field, None)
+    return told | {"rule": claim.get("rule"), "verdict": row.verdict}

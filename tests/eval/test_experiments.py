@@ -83,26 +83,34 @@ def test_on_the_large_models_table1_is_the_papers():
     for model in ("flux1-dev", "nunchaku-flux1-dev", "nunchaku-flux1-dev-realism"):
         table = study(f"model={model}", "experiment=table1")
         cells = [row.cell for row in table.rows[0]]
-        assert {(cell.seed, cell.steps) for cell in cells} == {(0, 100)}
+        assert {(cell.seed, cell.steps) for cell in cells if not cell.scheduler} == {(0, 100)}
+        assert {cell.steps for cell in cells if cell.scheduler} == {24}
         assert len({cell.prompt.id for cell in cells}) == 80 and cells[0].prompt.id == "cute001"
         methods = configs(table, "table1")
-        assert list(methods)[:4] == ["Baseline", "Block Cache", "TeaCache", "H2-Cache"]
+        rivals = ["Block Cache (library default)", "TeaCache (authors' default)"]
+        assert list(methods)[:4] == ["Baseline", *rivals, "H2-Cache"]
         assert methods["H2-Cache"] == H2CacheConfig(tau1=0.15, tau2=0.22)
-        assert methods["Block Cache"] == BlockCacheConfig(0.12)
-        assert methods["TeaCache"] == TeaCacheConfig()
+        assert [methods[each] for each in rivals] == [BlockCacheConfig(0.12), TeaCacheConfig()]
+        assert "psnr@converged" not in table.metrics
 
 
 def test_on_the_embedded_model_it_is_what_serves_it():
     table = study("experiment=table1")
     cells = [row.cell for row in table.rows[0]]
-    assert {cell.steps for cell in cells} == {50}
+    assert {(cell.scheduler, cell.steps) for cell in cells} == {
+        *((None, 50), ("euler", 12), ("dpm++2m", 12), ("unipc", 12)),
+    }
     methods = configs(table, "table1")
     assert [cell.seed for cell in cells] == [index for index in range(80) for _ in methods]
     assert all(cell.prompt.word for cell in cells)
     assert methods["H2-Cache"] == H2CacheConfig(tau1=0.05, tau2=0.1)
+    assert list(methods)[1:3] == ["Block Cache", "TeaCache"], "no label: the thresholds are its own"
     assert methods["HiCache"] == HiCacheConfig(granularity="stage")
+    assert methods["HiCache, interval = 7"] == HiCacheConfig(7, granularity="stage")
+    assert methods["Taylor-Scaled"] == HiCacheConfig(granularity="stage", basis="taylor")
     assert methods["TaylorSeer"] == TaylorSeerConfig(5, granularity="stage")
-    assert methods["ClusCa"] == ClusCaConfig(3, forecast="hermite")
+    assert methods["ClusCa"] == ClusCaConfig(3) and methods["Hi-ClusCa"] == ClusCaConfig(3, forecast="hermite")
+    assert {"psnr", "psnr@converged"} <= set(table.metrics)
 
 
 MODELS = sorted((REPOSITORY / "configs/model").iterdir())
@@ -206,7 +214,7 @@ def test_a_run_measures_what_the_library_draws(command, tiny_pipe, tmp_path):
     assert (code, stderr) == (0, "8 images to draw, 2 prompts\n")
     assert "8 images, 8 of them drawn now" in stdout and "found/report.html" in stdout
     assert sorted(path.name for path in (tmp_path / "found").iterdir()) == [
-        *("environment.json", "qualitative", "records", "report.html"),
+        *("environment.json", "published", "qualitative", "records", "report.html"),
     ]
     frame = pd.read_csv(tmp_path / "found/qualitative/measurements.csv", keep_default_na=False, na_values="")
     rows = frame.set_index(["setting", "prompt_id"])
@@ -416,6 +424,45 @@ def test_a_setting_has_steps_a_scheduler_and_a_call_of_its_own(own):
     ]
     assert (named["UniPC, steps = 3"].scheduler, named["UniPC, steps = 3"].steps) == ("unipc", 3)
     assert named["Wide, call = width 64"].call == (("width", 64),)
+
+
+def test_a_label_is_in_the_name_of_its_setting_alone(own):
+    settings = "Block Cache: [{method: block_cache, label: library default}, {method: block_cache, threshold: 0.3, label: null}]"
+    named = configs(own(settings), "own")
+    assert named == {
+        "Block Cache (library default)": BlockCacheConfig(),
+        "Block Cache, threshold = 0.3": BlockCacheConfig(0.3),
+    }
+
+
+def test_throughput_is_of_one_to_sixteen_images_with_and_without_a_cache():
+    cells = {row.setting.name: row.cell for row in study("experiment=throughput", "limit=1").rows[0]}
+    batches = {}
+    for cell in cells.values():
+        batches.setdefault(cell.method, []).append(cell.images)
+    assert len(batches) == 4 and all(sorted(each) == [1, 2, 4, 8, 16] for each in batches.values())
+
+
+def test_a_batch_is_timed_as_a_whole_and_its_first_image_kept(command, tmp_path):
+    """The first image of a batch is the one that is drawn alone; the others have noise of their own."""
+    settings = (
+        "{Baseline: {method: none}, H2: {method: h2cache, tau1: 9, tau2: 9, call: [{num_images_per_prompt: 3}]}, "
+    )
+    settings += "Alone: {method: h2cache, tau1: 9, tau2: 9, call: [{num_images_per_prompt: 1}]}}"
+    output = "{_target_: eval.report.tables.ThroughputTable}"
+    code, _, stderr = command(
+        "experiment=throughput",
+        f"experiments.throughput.settings={settings}",
+        f"experiments.throughput.outputs=[{output}]",
+        "limit=1",
+    )
+    assert (code, stderr) == (0, "3 images to draw, 1 prompts\n")
+    frame = pd.read_csv(tmp_path / "results/throughput/measurements.csv").set_index("setting")
+    assert list(frame["images"]) == [1, 3, 1]
+    batch, alone = (np.asarray(Image.open(tmp_path / "results" / frame["image"][each])) for each in ("H2", "Alone"))
+    assert np.abs(batch.astype(int) - alone).max() <= 1
+    trace = pd.read_csv(tmp_path / "results" / frame["trace"]["H2"])
+    assert set(trace["sample"]) == {0, 1, 2}
 
 
 @pytest.mark.parametrize(

@@ -270,6 +270,21 @@ def test_the_marked_setting_is_framed(measured):
     assert not [patch for patch in elsewhere.axes[0].patches if patch.get_gid() == "marked"]
 
 
+def test_the_best_pairs_at_the_marked_speed_are_said(measured):
+    """3x is the marked pair's speed; 2x at 40 dB is slower. SSIM is the same everywhere: the first pair has it."""
+    marked = {"tau1": 0.15, "tau2": 0.1}
+    with styled():
+        caption = HeatMap(values=("speedup", "psnr", "ssim"), marked=marked).draw(measured).caption
+        unmarked = HeatMap(values=("psnr",)).draw(measured).caption
+    told = "Best among the pairs that denoise at least as fast as τ₁ = 0.15, τ₂ = 0.1: "
+    assert told + "PSNR 36.0 at τ₁ = 0.15, τ₂ = 0.1; SSIM 0.990 at τ₁ = 0.15, τ₂ = 0.1." in caption
+    assert "Best" not in unmarked
+    measured.frame.loc[measured.frame["setting"].str.contains("0.22"), "psnr"] = 50.0
+    with styled():
+        better = HeatMap(values=("psnr",), marked=marked).draw(measured).caption
+    assert "PSNR 50.0 at τ₁ = 0.15, τ₂ = 0.22." in better
+
+
 def test_what_could_not_be_measured_is_said(measured):
     with styled():
         some = HeatMap(values=("clipiqa", "ssim")).draw(measured)

@@ -282,14 +282,14 @@ def test_a_field_that_was_added_counts_only_where_it_was_set():
 
 
 def test_a_record_of_the_first_versions_is_read(store, tmp_path):
-    """They did not count the work, nor name the solver."""
+    """They did not count the work, nor name the solver, nor keep the time of the first drawing."""
     file = tmp_path / f"{store.write(CELL, drawn()).fingerprint}.json"
     record = json.loads(file.read_text())
-    for name in ("multiply_adds", "calls", "solver"):
+    for name in ("multiply_adds", "calls", "solver", "cold_seconds"):
         del record["measured"][name]
     file.write_text(json.dumps(record))
     found = store.read(CELL)
-    assert (found.multiply_adds, found.calls, found.solver) == (None, None, None)
+    assert (found.multiply_adds, found.calls, found.solver, found.cold_seconds) == (None,) * 4
     assert found.denoising_seconds == 2.0
 
 

@@ -81,11 +81,10 @@ class HeatMap(FigureOutput):
     def _best_pairs(self, results: Results, grid: dict[tuple, pd.DataFrame], shown: list[Measure]) -> list[str]:
         """Which pair is best by each metric at the marked one's speed, in a sentence; none without a marked one."""
         at = (self.marked[self.rows], self.marked[self.columns]) if self.marked else None
-        best = {each: best_setting(results, grid, each.name, at) for each in shown if each.name in results.metrics}
         found = [
             f"{each.label.partition(',')[0]} {each.format(each.of(grid[pair]).value)} at {self._pair(pair)}"
-            for each, pair in best.items()
-            if pair is not None
+            for each in shown
+            if each.name in results.metrics and (pair := best_setting(results, grid, each.name, at)) is not None
         ]
         if not found:
             return []
