@@ -427,8 +427,11 @@ def test_a_setting_has_steps_a_scheduler_and_a_call_of_its_own(own):
 
 
 def test_a_label_is_in_the_name_of_its_setting_alone(own):
-    settings = "Block Cache: [{method: block_cache, label: library default}, {method: block_cache, threshold: 0.3, label: null}]"
-    named = configs(own(settings), "own")
+    labelled, other = (
+        "{method: block_cache, label: library default}",
+        "{method: block_cache, threshold: 0.3, label: null}",
+    )
+    named = configs(own(f"Block Cache: [{labelled}, {other}]"), "own")
     assert named == {
         "Block Cache (library default)": BlockCacheConfig(),
         "Block Cache, threshold = 0.3": BlockCacheConfig(0.3),
@@ -445,23 +448,15 @@ def test_throughput_is_of_one_to_sixteen_images_with_and_without_a_cache():
 
 def test_a_batch_is_timed_as_a_whole_and_its_first_image_kept(command, tmp_path):
     """The first image of a batch is the one that is drawn alone; the others have noise of their own."""
-    settings = (
-        "{Baseline: {method: none}, H2: {method: h2cache, tau1: 9, tau2: 9, call: [{num_images_per_prompt: 3}]}, "
-    )
-    settings += "Alone: {method: h2cache, tau1: 9, tau2: 9, call: [{num_images_per_prompt: 1}]}}"
-    output = "{_target_: eval.report.tables.ThroughputTable}"
-    code, _, stderr = command(
-        "experiment=throughput",
-        f"experiments.throughput.settings={settings}",
-        f"experiments.throughput.outputs=[{output}]",
-        "limit=1",
-    )
-    assert (code, stderr) == (0, "3 images to draw, 1 prompts\n")
-    frame = pd.read_csv(tmp_path / "results/throughput/measurements.csv").set_index("setting")
-    assert list(frame["images"]) == [1, 3, 1]
-    batch, alone = (np.asarray(Image.open(tmp_path / "results" / frame["image"][each])) for each in ("H2", "Alone"))
-    assert np.abs(batch.astype(int) - alone).max() <= 1
-    trace = pd.read_csv(tmp_path / "results" / frame["trace"]["H2"])
+    thresholds = ["+protocol.h2cache.tau1=9", "+protocol.h2cache.tau2=9"]
+    batch = "{method: h2cache, tau1: 9, tau2: 9, call: {num_images_per_prompt: 3}}"
+    code, _, stderr = command(*SMALL, *thresholds, f"+experiments.qualitative.settings.Batch={batch}", "limit=1")
+    assert (code, stderr) == (0, "5 images to draw, 1 prompts\n")
+    frame = pd.read_csv(tmp_path / "results/qualitative/measurements.csv").set_index("setting")
+    assert list(frame["images"]) == [1, 1, 1, 1, 3]
+    first, alone = (np.asarray(Image.open(tmp_path / "results" / frame["image"][n])) for n in ("Batch", "H2-Cache"))
+    assert np.abs(first.astype(int) - alone).max() <= 1
+    trace = pd.read_csv(tmp_path / "results" / frame["trace"]["Batch"])
     assert set(trace["sample"]) == {0, 1, 2}
 
 
