@@ -36,6 +36,6 @@ class Diary:
 
 def timeless(records: dict[str, Record]) -> dict[str, dict]:
     """All that two runs must have in common: everything but paths and seconds."""
-    timed = ("image", "trace", "text_seconds", "denoising_seconds", "vae_seconds")
+    timed = ("image", "trace", "text_seconds", "denoising_seconds", "vae_seconds", "cold_seconds")
     kept = [field.name for field in fields(Record) if field.name not in timed]
     return {name: {field: getattr(record, field) for field in kept} for name, record in records.items()}
