@@ -17,7 +17,7 @@ from PIL import Image
 from repository import REPOSITORY
 
 from eval.errors import UserError
-from eval.report.figures import Frontier, HeatMap, MetricTrace, Rows, Separation
+from eval.report.figures import Banner, Frontier, HeatMap, MetricTrace, Rows, Separation
 from eval.report.figures.images import difference
 from eval.report.figures.measures import measure
 from eval.report.figures.rows import most_different
@@ -36,6 +36,7 @@ FIGURES = [
     ),
     pytest.param(Frontier(intervals=True), id="frontier"),
     pytest.param(Frontier(gain="computed_fraction", quality="ssim"), id="frontier-of-blocks"),
+    pytest.param(Frontier(gain="evaluations", wide=True), id="frontier-across-the-page"),
     pytest.param(Separation(count=1), id="separation"),
     pytest.param(Rows(count=1), id="rows"),
 ]
@@ -407,6 +408,20 @@ def test_all_images_of_a_row_show_the_same_crop(measured):
     outlines = by_gid(figure, "crop")
     assert len(outlines) == 2 * 4
     assert len({outline.get_bbox().bounds for outline in outlines}) == 1
+
+
+def test_a_banner_is_images_alone_in_two_rows(tmp_path):
+    """Six prompts; the one that the setting has no image of is left out."""
+    rows = [row(tmp_path, BASELINE, BASELINE, f"sign{n}", "a sign", 1.0) for n in range(7)]
+    rows += [row(tmp_path, "A", "A", f"sign{n}", "a sign", 1.0, shift=60) for n in range(7) if n != 2]
+    figure = drawn(Banner(setting="A"), results(rows))
+    shown = [axes.images[0].get_array() for axes in figure.axes]
+    assert len(shown) == 2 * 5 and figure.findobj(Text) and not any(t.get_text() for t in figure.findobj(Text))
+    assert all(np.array_equal(shown[0], each) for each in shown[1:5]) and not np.array_equal(shown[0], shown[5])
+    tops = [round(axes.get_position().y1, 6) for axes in figure.axes]
+    assert len(set(tops[:5])) == len(set(tops[5:])) == 1 and tops[0] > tops[5]
+    with pytest.raises(UserError, match="has no setting 'B' to draw"):
+        drawn(Banner(setting="B"), results(rows))
 
 
 def test_many_settings_stand_in_bands_of_readable_columns(tmp_path):

@@ -16,10 +16,10 @@ from eval.report.tables.sheet import Sheet
 from eval.report.tables.statistics import SEED, Summary, summarize
 from eval.report.tables.summary import compared_with, means_over
 
-WORK = {
-    "evaluations": "evaluations",
-    "denoising_seconds": "denoising time",
-    "total_seconds": "time",
+LESS = {
+    "evaluations": "fewer evaluations",
+    "denoising_seconds": "less denoising time",
+    "total_seconds": "less time",
 }
 TOLERANCE = 0.01  # a setting that is this much slower counts as being there
 DRAWS = 1000  # of the bootstrap
@@ -124,8 +124,8 @@ class EqualWork:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "at", tuple(self.at))
-        if self.work not in WORK:
-            raise UserError(f"EqualWork: work={self.work!r} is not allowed; choose {', '.join(WORK)}")
+        if self.work not in LESS:
+            raise UserError(f"EqualWork: work={self.work!r} is not allowed; choose {', '.join(LESS)}")
         if self.compared_at not in self.at:
             raise UserError(f"EqualWork: compared_at={self.compared_at} is not allowed; choose {self.at}")
 
@@ -140,7 +140,8 @@ class EqualWork:
         data = pd.DataFrame(rows).sort_values([self._column(x) for x in (self.compared_at, *self.at)], ascending=False)
         header = ("method", *(f"at {gain:g}x" for gain in self.at), "fastest setting", f"times faster: {self.champion}")
         texts = tuple(self._texts(row) for row in data.to_dict("records"))
-        title = f"{kind(self.quality).label} at equal {WORK[self.work]}"
+        quantity, comma, unit = kind(self.quality).label.partition(", ")
+        title = f"{quantity} at equal {LESS[self.work].partition(' ')[2]}{comma}{unit}"
         return Sheet(title, header, texts, tuple(self._notes(results))).write(data, folder, self.name, results.name)
 
     def _column(self, gain: float) -> str:
@@ -173,11 +174,11 @@ class EqualWork:
         return [
             f"{means_over(results, Measured.of(results))}.",
             compared_with(results, [self.quality]),
-            f"At so many times less {WORK[self.work]} than the baseline; between two settings of a method it is "
-            f"interpolated over the logarithm of the work, and {MEANINGLESS} is what its settings do not reach.",
-            f"In brackets: ahead of {self.champion}, by prompt, with the 95 % interval of the mean.",
-            f"Times faster: how much less {WORK[self.work]} {self.champion} takes for the quality that the method has "
-            f"at {self.compared_at:g}x, with its 95 % interval; ≥ where even its fastest setting is better.",
+            f"Times {LESS[self.work]} than the baseline; between two settings of a method it is interpolated over "
+            f"the logarithm of the work, and {MEANINGLESS} is what its settings do not reach.",
+            f"In brackets: the difference from {self.champion}, by prompt, with the 95 % interval of its mean.",
+            f"Times faster: {LESS[self.work]} that {self.champion} takes for the quality that the method has at "
+            f"{self.compared_at:g}x, with the 95 % interval; ≥ where even its fastest setting is better.",
         ]
 
 
