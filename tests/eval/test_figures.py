@@ -36,7 +36,7 @@ FIGURES = [
     ),
     pytest.param(Frontier(intervals=True), id="frontier"),
     pytest.param(Frontier(gain="computed_fraction", quality="ssim"), id="frontier-of-blocks"),
-    pytest.param(Frontier(gain="evaluations", wide=True), id="frontier-across-the-page"),
+    pytest.param(Frontier(gain="evaluations"), id="frontier-of-evaluations"),
     pytest.param(Separation(count=1), id="separation"),
     pytest.param(Rows(count=1), id="rows"),
 ]
