@@ -131,6 +131,7 @@ def test_a_setting_without_all_images_is_left_out(tmp_path):
     lacking = MADE | {("Rival", "Rival, fast"): (3.0, np.array([np.nan, 27, 29]))}
     rows, _ = made(TABLE, tmp_path, lacking)
     assert next(row for row in rows if row[0] == "Rival")[4] == "2.0x, 42.0"
+    assert "without a finite value on every prompt: Rival, fast." in (tmp_path / "equal.md").read_text()
     nothing = {("Rival", "Rival"): (3.0, np.full(3, np.inf))}
     assert TABLE.make(results(nothing), tmp_path) is None
 

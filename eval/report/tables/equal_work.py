@@ -69,31 +69,40 @@ def times_faster(champion: Curve, rival: Curve, gain: float) -> float:
 
 @dataclass(frozen=True)
 class Table:
-    """Complete settings by method: rows of `work` and `quality`, columns are prompts. `baseline` is its work."""
+    """Of each method the work and the quality of its complete settings, both (S, P); the baseline's work, (P,).
 
-    work: pd.DataFrame
-    quality: pd.DataFrame
+    `incomplete` settings have no finite value on some prompt.
+    """
+
+    methods: Mapping[str, tuple[np.ndarray, np.ndarray]]
     baseline: np.ndarray
-    methods: Mapping[str, list[str]]
+    incomplete: tuple[str, ...]
 
     @classmethod
     def of(cls, results: Results, work: str, quality: str) -> "Table | None":
         """None without a baseline, or where no other setting is complete."""
         frame = results.frame.astype({"setting": str})
         tables = [frame.pivot(index="setting", columns=KEY, values=name).astype(float) for name in (work, quality)]
-        complete = [name for name in tables[1].index if all(np.isfinite(table.loc[name]).all() for table in tables)]
-        families = frame.drop_duplicates("setting").set_index("setting")["method"]
-        families = families[[name for name in families.index if name in complete and name != BASELINE]]
-        if BASELINE not in tables[0].index or not len(families):
+        if BASELINE not in tables[0].index:
+            return None
+        tables = [table.loc[:, tables[0].loc[BASELINE].notna()] for table in tables]
+        complete = np.logical_and(*(np.isfinite(table).all(axis=1) for table in tables))
+        families = frame.drop_duplicates("setting").set_index("setting")["method"].drop(BASELINE)
+        incomplete = tuple(name for name in families.index if not complete[name])
+        families = families.drop(list(incomplete))
+        if not len(families):
             return None
         tables = [table.T.groupby(level=0).mean().T for table in tables]  # several seeds of a prompt are one value
-        methods = {method: list(names) for method, names in families.groupby(families, sort=False).groups.items()}
-        return cls(*tables, tables[0].loc[BASELINE].to_numpy(), methods)
+        methods = {
+            method: tuple(table.loc[families.index[families == method]].to_numpy() for table in tables)
+            for method in families.unique()
+        }
+        return cls(methods, tables[0].loc[BASELINE].to_numpy(), incomplete)
 
     def curve(self, method: str, prompts: np.ndarray | slice = slice(None)) -> Curve:
         """On some of the prompts, or on some more than once."""
-        work, quality = (table.loc[self.methods[method]].to_numpy()[:, prompts] for table in (self.work, self.quality))
-        return Curve.of(work, quality, self.baseline[prompts])
+        work, quality = self.methods[method]
+        return Curve.of(work[:, prompts], quality[:, prompts], self.baseline[prompts])
 
     def times_faster(self, champion: str, rival: str, gain: float) -> tuple[float, float, float]:
         """With the ends of its 95 % interval: percentiles of a bootstrap over prompts, the same ones for both."""
@@ -142,7 +151,7 @@ class EqualWork:
         texts = tuple(self._texts(row) for row in data.to_dict("records"))
         quantity, comma, unit = kind(self.quality).label.partition(", ")
         title = f"{quantity} at equal {LESS[self.work].partition(' ')[2]}{comma}{unit}"
-        return Sheet(title, header, texts, tuple(self._notes(results))).write(data, folder, self.name, results.name)
+        return Sheet(title, header, texts, tuple(self._notes(results, table))).write(data, folder, self.name, results.name)
 
     def _column(self, gain: float) -> str:
         return f"{self.quality}_at_{gain:g}x"
@@ -170,7 +179,10 @@ class EqualWork:
                 faster += f" ({row['times_faster_low']:.2f} to {row['times_faster_high']:.2f})"
         return row["method"], *cells, f"{row['fastest']:.1f}x, {row['fastest_quality']:.1f}", faster
 
-    def _notes(self, results: Results) -> list[str]:
+    def _notes(self, results: Results, table: Table) -> list[str]:
+        notes = [f"Left out: {name} ({reason})." for name, reason in results.left_out.items()]
+        if table.incomplete:
+            notes.append(f"Left out, without a finite value on every prompt: {'; '.join(table.incomplete)}.")
         return [
             f"{means_over(results, Measured.of(results))}.",
             compared_with(results, [self.quality]),
@@ -179,6 +191,7 @@ class EqualWork:
             f"In brackets: the difference from {self.champion}, by prompt, with the 95 % interval of its mean.",
             f"Times faster: {LESS[self.work]} that {self.champion} takes for the quality that the method has at "
             f"{self.compared_at:g}x, with the 95 % interval; ≥ where even its fastest setting is better.",
+            *notes,
         ]
 
 
