@@ -151,7 +151,8 @@ class EqualWork:
         texts = tuple(self._texts(row) for row in data.to_dict("records"))
         quantity, comma, unit = kind(self.quality).label.partition(", ")
         title = f"{quantity} at equal {LESS[self.work].partition(' ')[2]}{comma}{unit}"
-        return Sheet(title, header, texts, tuple(self._notes(results, table))).write(data, folder, self.name, results.name)
+        sheet = Sheet(title, header, texts, tuple(self._notes(results, table)))
+        return sheet.write(data, folder, self.name, results.name)
 
     def _column(self, gain: float) -> str:
         return f"{self.quality}_at_{gain:g}x"
