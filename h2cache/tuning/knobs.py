@@ -7,7 +7,7 @@ that a method has, `setting` gives the fields that a position sets. `smaller` an
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ..config import CacheConfig
@@ -70,3 +70,20 @@ KNOBS: tuple[Knob, ...] = (
     *(Thresholds(("tau1", "tau2"), (1.0, ratio)) for ratio in RATIOS),
     Every(("interval",)),
 )
+
+
+def knobs_of(method: CacheConfig) -> list[Knob]:
+    """Those of KNOBS whose fields the method has."""
+    names = {each.name for each in fields(method)}
+    return [knob for knob in KNOBS if names.issuperset(knob.fields)]
+
+
+def as_written(method: CacheConfig) -> Knob | None:
+    """The one knob that keeps the ratios of the method's own thresholds; None where it has nothing to turn."""
+    knobs = knobs_of(method)
+    if not knobs:
+        return None
+    first, *others = (getattr(method, name) for name in knobs[0].fields)
+    if not others or first <= 0:
+        return knobs[0]
+    return Thresholds(knobs[0].fields, (1.0, *(other / first for other in others)))

@@ -9,100 +9,16 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config import CacheConfig
 from ..handle import apply
-from .knobs import KNOBS, Knob
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What one setting gave, over the prompts.
-
-    `computed_fraction` of all blocks; `psnr`, mean in dB against the uncached images (infinite where every image is the
-    same); `wall_speedup`, median ratio of the times of whole pipeline calls: of this machine, in this hour.
-    """
-
-    config: CacheConfig
-    computed_fraction: float
-    psnr: float
-    wall_speedup: float = field(compare=False)
-
-    @property
-    def speedup(self) -> float:
-        """In blocks: how many times fewer were computed."""
-        return 1 / self.computed_fraction
-
-
-class Target(Protocol):
-    """What is asked of a method."""
-
-    def met_by(self, trial: Trial) -> bool:
-        """Whether the trial is an answer."""
-
-    def beyond(self, trial: Trial) -> bool:
-        """Whether the boundary lies at less skipping than in this trial."""
-
-    def worth(self, trial: Trial) -> tuple[float, float]:
-        """The best answer is the one with the largest."""
-
-    def nearness(self, trial: Trial) -> float:
-        """Where nothing is an answer: how near a trial came to it."""
-
-
-@dataclass(frozen=True)
-class Psnr:
-    """Images at least so near to the uncached ones, in dB on average over the prompts; as fast as can be."""
-
-    decibels: float
-
-    def __post_init__(self) -> None:
-        _require_positive(self, "decibels")
-
-    def met_by(self, trial: Trial) -> bool:
-        return trial.psnr >= self.decibels and trial.computed_fraction < 1
-
-    def beyond(self, trial: Trial) -> bool:
-        return trial.psnr < self.decibels
-
-    def worth(self, trial: Trial) -> tuple[float, float]:
-        return trial.speedup, trial.psnr
-
-    def nearness(self, trial: Trial) -> float:
-        return trial.psnr if trial.computed_fraction < 1 else -math.inf
-
-    def __str__(self) -> str:
-        return f"{self.decibels:g} dB with anything skipped"
-
-
-@dataclass(frozen=True)
-class Speedup:
-    """At least so many times fewer blocks computed; images as near to the uncached ones as can be."""
-
-    times: float
-
-    def __post_init__(self) -> None:
-        _require_positive(self, "times")
-
-    def met_by(self, trial: Trial) -> bool:
-        return trial.speedup >= self.times * (1 - 1e-9)  # a fraction of blocks is not exact in floating point
-
-    def beyond(self, trial: Trial) -> bool:
-        return self.met_by(trial)
-
-    def worth(self, trial: Trial) -> tuple[float, float]:
-        return trial.psnr, trial.speedup
-
-    def nearness(self, trial: Trial) -> float:
-        return trial.speedup
-
-    def __str__(self) -> str:
-        return f"{self.times:g} times fewer blocks"
+from .knobs import Knob, knobs_of
+from .targets import Target, Trial
 
 
 class Unreachable(ValueError):
@@ -112,8 +28,8 @@ class Unreachable(ValueError):
         self.best, self.curve = best, curve
         super().__init__(
             f"{type(method).__name__} did not reach {target} in {len(curve)} settings: nearest was {best.config}, "
-            f"{best.psnr:.2f} dB at {best.speedup:.2f} times fewer blocks; ask for less, or give other fields to try "
-            "with over="
+            f"{best.psnr:.2f} dB at {best.speedup:.2f} times fewer blocks, {best.wall_speedup:.2f} times the speed; "
+            "ask for less, or give other fields to try with over="
         )
 
 
@@ -138,6 +54,7 @@ def tune(
     target: Target,
     *,
     over: Mapping[str, Sequence[Any]] | None = None,
+    knobs: Sequence[Knob] | None = None,
     seed: int = 0,
     trials: int = 8,
     on_trial: Callable[[Trial], None] = lambda trial: None,
@@ -147,11 +64,13 @@ def tune(
 
     `pipe(prompt, generator=..., output_type="pt", **call)` draws, on noise of seed, seed + 1, ... for the prompts; a
     cache that is applied to it is removed. `method` is a configuration: its threshold, two thresholds or interval are
-    searched, its other fields kept. `target` is `Psnr(decibels)`, answered by the fastest setting that is so near, or
-    `Speedup(times)`, by the nearest that is so fast. `over` gives values for further fields, each combination of which
-    is searched; where it names the searched fields themselves, exactly its combinations are tried. Each search takes at
-    most `trials` settings after the one that skips all it can; `on_trial` sees each as it is measured. Equal arguments
-    give equal results, wall times apart.
+    searched, its other fields kept. `target` is `Psnr(decibels)`, answered by the fastest setting that is so near,
+    `Speedup(times)`, by the nearest that computes so few blocks, or `WallSpeedup(times)`, by the nearest that takes so
+    little time. `over` gives values for further fields, each combination of which is searched; where it names the
+    searched fields themselves, exactly its combinations are tried. `knobs` are searched one after the other; None: all
+    that the method has, two thresholds at several ratios. Each search takes at most `trials` settings after the one
+    that skips all it can; `on_trial` sees each as it is measured. Equal arguments give equal results, wall times and
+    what is chosen by them apart.
 
     Unreachable (a ValueError) where no setting meets the target; TypeError for a method that has nothing to search, and
     whatever `h2cache.apply` raises; ValueError for fields and values that `method` does not have.
@@ -161,8 +80,9 @@ def tune(
     if trials < 1:
         raise ValueError(f"trials = {trials!r}: must be a whole number from 1")
     apply(pipe, method).remove()  # refuses what cannot be cached, and removes what was applied before
-    searches = list(_searches(method, dict(over or {})))
+    searches = list(_searches(method, knobs_of(method) if knobs is None else list(knobs), dict(over or {})))
     bench = _Bench(pipe, prompts, seed, call, on_trial)
+    bench.warm_up(method)
     for start, knob in searches:
         if knob is None:
             bench.measure(start)
@@ -175,10 +95,10 @@ def tune(
     return Tuned(target, max(answers, key=target.worth), curve)
 
 
-def _searches(method: CacheConfig, over: dict[str, Sequence[Any]]) -> Iterator[tuple[CacheConfig, Knob | None]]:
+def _searches(
+    method: CacheConfig, knobs: Sequence[Knob | None], over: dict[str, Sequence[Any]]
+) -> Iterator[tuple[CacheConfig, Knob | None]]:
     """Where to start, and the knob to follow from there: None where `over` leaves nothing to follow."""
-    names = {each.name for each in fields(method)}
-    knobs = [knob for knob in KNOBS if names.issuperset(knob.fields)]
     turned = {name for knob in knobs for name in knob.fields}
     if not turned and not over:
         raise TypeError(
@@ -228,19 +148,24 @@ class _Bench:
     ):
         self.pipe, self.prompts, self.seed, self.call, self.on_trial = pipe, prompts, seed, call, on_trial
         self.trials: list[Trial] = []
-        self._draw(0)  # the first call of a process is slower than the others
-        self._plain = [self._draw(index) for index in range(len(prompts))]
+
+    def warm_up(self, config: CacheConfig) -> None:
+        """The first calls of a process, and of a method, are slower than the others."""
+        self._draw(0)
+        with apply(self.pipe, config):
+            self._draw(0)
 
     def measure(self, config: CacheConfig) -> Trial:
-        with apply(self.pipe, config) as handle:
-            drawn = [self._draw(index) for index in range(len(self.prompts))]
-        pairs = list(zip(drawn, self._plain, strict=True))
-        trial = Trial(
-            config,
-            computed_fraction=handle.summary()["computed_fraction"],
-            psnr=statistics.mean(_psnr(image, plain) for (image, _), (plain, _) in pairs),
-            wall_speedup=statistics.median(before / seconds for (_, seconds), (_, before) in pairs),
-        )
+        """Each prompt without a cache and then with it, so that both meet the same load of the machine."""
+        fractions, psnrs, ratios = [], [], []
+        for index in range(len(self.prompts)):
+            plain, before = self._draw(index)
+            with apply(self.pipe, config) as handle:
+                image, seconds = self._draw(index)
+            fractions.append(handle.summary()["computed_fraction"])
+            psnrs.append(_psnr(image, plain))
+            ratios.append(before / seconds)
+        trial = Trial(config, statistics.mean(fractions), statistics.mean(psnrs), statistics.median(ratios))
         self.trials.append(trial)
         self.on_trial(trial)
         return trial
@@ -257,9 +182,3 @@ class _Bench:
 def _psnr(images: Tensor, plain: Tensor) -> float:
     error = (images - plain).square().mean().item()
     return 10 * math.log10(255**2 / error) if error else math.inf
-
-
-def _require_positive(target: Any, name: str) -> None:
-    value = getattr(target, name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{type(target).__name__}.{name} = {value!r}: must be a finite number above 0")

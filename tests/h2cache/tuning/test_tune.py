@@ -1,7 +1,9 @@
 """`h2cache.tune`: settings that reach a PSNR or a speedup, and the curve of what was tried."""
 
 import math
+import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from h2cache.policy.forecasts import Taylor
 from h2cache.policy.rules import Interval
 from h2cache.policy.stages import NETWORK, BlockStage
 from h2cache.runtime.interception import interception_of
+from h2cache.tuning import WallSpeedup, as_written
 
 PROMPTS = ("a red sign", "a cat on a mat")
 CALL = dict(height=32, width=32, num_inference_steps=12, max_sequence_length=TEXT_TOKENS)
@@ -200,7 +203,45 @@ def test_what_cannot_be_searched_is_refused_before_anything_is_drawn(tiny_pipe, 
         h2cache.tune(**arguments, **CALL)
 
 
-@pytest.mark.parametrize("target", [Psnr, Speedup])
+class Clock:
+    """Seconds that pass with the model's work, so that a measured speedup is known beforehand: one for each step whose
+    last double block is computed, and `drift` more for each second that passed before the step."""
+
+    def __init__(self, pipe: FluxPipeline, drift: float = 0.0):
+        self.now, self.drift = 0.0, drift
+        pipe.transformer.transformer_blocks[-1].attn.register_forward_hook(self.computed)
+        pipe.transformer.register_forward_pre_hook(self.stepped)
+
+    def computed(self, *_) -> None:
+        self.now += self.pace
+
+    def stepped(self, *_) -> None:
+        self.pace = 1 + self.drift * self.now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("drift", [0.0, 0.01])
+def test_a_measured_speedup_is_reached_on_a_machine_that_gets_slower(own_pipe, monkeypatch, drift):
+    """12 steps, 3 of warm-up; with the drift each computed step takes 1 % longer than the one before it."""
+    monkeypatch.setattr(
+        sys.modules["h2cache.tuning.tune"], "time", SimpleNamespace(perf_counter=Clock(own_pipe, drift))
+    )
+    method = TaylorSeerConfig(interval=2, granularity="stage")
+    found = h2cache.tune(own_pipe, PROMPTS, method, WallSpeedup(1.75), **CALL)
+    assert found.config.interval == 3  # 3 + 9 // 3 = 6 of 12 steps
+    assert found.best.wall_speedup == pytest.approx(2, rel=0.12)
+
+
+def test_knobs_may_be_given(tiny_pipe):
+    method = H2CacheConfig(tau1=0.2, tau2=0.3)
+    found = h2cache.tune(tiny_pipe, PROMPTS[:1], method, Speedup(1.5), knobs=[as_written(method)], trials=3, **CALL)
+    assert {round(trial.config.tau2 / trial.config.tau1, 9) for trial in found.curve} == {1.5}
+    assert as_written(NothingToTurn()) is None
+
+
+@pytest.mark.parametrize("target", [Psnr, Speedup, WallSpeedup])
 @pytest.mark.parametrize("value", [0, -1.0, math.inf, math.nan, "35", True])
 def test_a_target_is_a_positive_number(target, value):
     with pytest.raises(ValueError, match=f"{target.__name__}\\."):
