@@ -15,6 +15,7 @@ from rich.table import Table
 
 from eval.cli.progress import watching
 from eval.errors import UserError
+from eval.experiments.match import matched
 from eval.experiments.settings import Experiment, Row
 from eval.experiments.study import Study, read_study
 from eval.files import atomic_files
@@ -36,8 +37,10 @@ def run(cfg: DictConfig, model_name: str, method: Callable[[str], DictConfig], c
     """Do what Hydra composed; returns the exit code, 1 if some images could not be drawn. Raises UserError."""
     study = read_study(cfg, model_name, method)
     messages = Console(stderr=True, highlight=False)
-    store = Store(study.out / "records", identity(study.model))
+    model = identity(study.model)
+    store = Store(study.out / "records", model)
     with store.locked():
+        study = matched(study, model, messages)
         with watching(messages, study.names) as watcher:
             report = sweep(store, study.all_cells, study.model, study.launcher, watcher)
         with messages.status("loading the metrics"):
@@ -45,13 +48,13 @@ def run(cfg: DictConfig, model_name: str, method: Callable[[str], DictConfig], c
         with messages.status("measuring the images"):
             scores = Scores(store.folder / "scores.jsonl", metrics)
             frames = [
-                measurements(store, report.records, rows, experiment.metrics, scores)
+                measurements(store, report.records, experiment, rows, scores)
                 for experiment, rows in zip(study.experiments, study.rows, strict=True)
             ]
     for name, reason in metrics.unavailable.items():
         messages.print(f"note: {name} is n/a: {reason}", soft_wrap=True)
     results = [
-        _results(experiment, frame, metrics.unavailable, study.model_name, command)
+        _results(experiment, frame, metrics.unavailable, study, command)
         for experiment, frame in zip(study.experiments, frames, strict=True)
         if len(frame)
     ]
@@ -64,7 +67,7 @@ def run(cfg: DictConfig, model_name: str, method: Callable[[str], DictConfig], c
 
 
 def measurements(
-    store: Store, records: Mapping[str, Record], rows: Sequence[Row], metrics: Sequence[str], scores: Scores
+    store: Store, records: Mapping[str, Record], experiment: Experiment, rows: Sequence[Row], scores: Scores
 ) -> pd.DataFrame:
     """The frame of `Results`: a row for each of `rows` that `records` has, setting by setting.
 
@@ -74,13 +77,14 @@ def measurements(
     def found(cell: Cell) -> Record | None:
         return records.get(store.fingerprint(cell))
 
-    order = list(dict.fromkeys(row.setting.name for row in rows))
+    order = [setting.name for setting in experiment.settings]
     measured = []
     for row in sorted(rows, key=lambda row: order.index(row.setting.name)):
         record = found(row.cell)
         if record:
             references = {name: other for name, cell in row.references.items() if (other := found(cell))}
-            measured.append(_row(row, record, references) | scores.of(metrics, record, references, row.cell.prompt))
+            scored = scores.of(experiment.metrics, record, references, row.cell.prompt)
+            measured.append(_row(row, record, references) | scored)
     frame = pd.DataFrame(measured)
     if len(frame) and set(order) - set(frame["setting"]):
         frame["setting"] = pd.Categorical(frame["setting"], categories=order)
@@ -121,7 +125,7 @@ def _evaluations(cell: Cell, record: Record, references: Mapping[str, Record]) -
 
 
 def _results(
-    experiment: Experiment, frame: pd.DataFrame, unavailable: Mapping[str, str], model_name: str, command: str
+    experiment: Experiment, frame: pd.DataFrame, unavailable: Mapping[str, str], study: Study, command: str
 ) -> Results:
     return Results(
         name=experiment.name,
@@ -132,11 +136,13 @@ def _results(
         unavailable={
             name: unavailable[metric] for name in experiment.metrics if (metric := kind(name).metric) in unavailable
         },
-        model=model_name,
+        model=study.model_name,
         machine=" and ".join(sorted(set(frame["machine"]))),
         command=command,
         converged_steps=experiment.converged_steps,
         left_out=experiment.left_out,
+        tunings={setting.name: setting.tuning for setting in experiment.settings if setting.tuning},
+        model_config=study.model,
     )
 
 

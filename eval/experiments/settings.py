@@ -1,6 +1,7 @@
 """What `configs/experiment/*.yaml` say, checked: which settings on which prompts, measured how, and shown as what."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -17,13 +18,15 @@ from eval.generation.prompts import Prompt, PromptSet
 from eval.generation.records import Cell
 from eval.metrics.registry import BASELINE_IMAGE, CONVERGED_IMAGE, UNCACHED_IMAGE, kind
 from eval.models.schedulers import NAMES as SCHEDULERS
-from eval.report.results import BASELINE, Output
+from eval.report.results import BASELINE, Output, Tuning
+from h2cache.tuning import Speedup, WallSpeedup
 
 FIXED_SEED = 0  # the paper's, for every prompt
 SEEDS = ("fixed", "per_prompt")
 OF_THE_PROTOCOL = ("seeds", "steps", "metrics", "converged_steps")  # what an experiment need not say itself
 OF_A_RUN = ("steps", "scheduler", "call")  # what a setting may say besides its method's fields
 LABEL = "label"  # what it may say of itself: its name is then "Block Cache (library default)"
+MATCHED = {"time": WallSpeedup, "blocks": Speedup}  # what can be the same for all settings of an experiment
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Setting:
         steps: denoising steps; None: the experiment's.
         scheduler: one of `eval.models.schedulers.NAMES`; None: the pipeline's own.
         call: arguments of the pipeline's call that are not the model's.
+        tuning: how the setting was found, once it is.
     """
 
     name: str
@@ -44,6 +48,43 @@ class Setting:
     steps: int | None = None
     scheduler: str | None = None
     call: tuple[tuple[str, Any], ...] = ()
+    tuning: Tuning | None = None
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether there is a setting to draw: not where tuning found none that is fast enough."""
+        return self.tuning is None or self.tuning.reached
+
+
+@dataclass(frozen=True)
+class Match:
+    """Settings are tuned to the same speedup before they are drawn (`eval.experiments.match`).
+
+    Fields:
+        speedup: against the baseline.
+        prompts: the last so many of the set are for tuning, and not drawn.
+        measured: "time" of whole pipeline calls, or "blocks" computed.
+        apart: entries of the settings that are tuned to another speedup, by name.
+    """
+
+    speedup: float
+    prompts: int
+    measured: str = "time"
+    apart: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.measured not in MATCHED:
+            raise UserError(f"match: measured={self.measured!r} is not allowed: choose {' or '.join(MATCHED)}")
+        check_count("match: prompts", self.prompts)
+        try:
+            for entry in (None, *self.apart):
+                self.target(entry)
+        except ValueError as error:
+            raise UserError(f"match: {error}") from error
+
+    def target(self, entry: str | None) -> Speedup:
+        """Of an entry of the settings, for `h2cache.tune`."""
+        return MATCHED[self.measured](self.apart.get(entry, self.speedup))
 
 
 @dataclass(frozen=True)
@@ -64,6 +105,7 @@ class Experiment:
         seeds_per_prompt: images of each prompt; further ones are numbered on from the first ones of all prompts.
         converged_steps: of the pipeline's own scheduler, for the solution that metrics `@converged` compare with.
         left_out: settings that this machine lacks a library for, and what is missing.
+        match: to what the settings are tuned; None: they are drawn as they are written.
     """
 
     name: str
@@ -79,6 +121,7 @@ class Experiment:
     settings: tuple[Setting, ...]
     outputs: tuple[Output, ...]
     left_out: Mapping[str, str]
+    match: Match | None = None
 
     def __post_init__(self) -> None:
         if self.seeds not in SEEDS:
@@ -95,13 +138,29 @@ class Experiment:
     def rows(self, prompts: Sequence[Prompt], limit: int | None, steps: int) -> Iterator[Row]:
         """What is drawn, prompt by prompt, on `limit` prompts at most; `steps` where the experiment says nothing."""
         steps = self.steps or steps
-        for index, prompt in enumerate(prompts[:limit][: self.limit]):
-            first = FIXED_SEED if self.seeds == "fixed" else index
+        for index, prompt in enumerate(prompts[: len(prompts) - self._held_out(prompts)][:limit][: self.limit]):
+            first = self._seed(index)
             apart = 1 if self.seeds == "fixed" else len(prompts)
             for seed in range(first, first + apart * self.seeds_per_prompt, apart):
                 for setting in self.settings:
+                    if not setting.is_drawn:
+                        continue
                     cell = Cell(prompt, seed, setting.steps or steps, setting.config, setting.scheduler, setting.call)
                     yield Row(setting, cell, self._references(cell, steps))
+
+    def tuning_prompts(self, prompts: Sequence[Prompt]) -> tuple[tuple[Prompt, ...], int]:
+        """Those that are for tuning alone, and the seed of the first; that of the next is one more."""
+        count = len(prompts) - self._held_out(prompts)
+        return tuple(prompts[count:]), self._seed(count)
+
+    def _held_out(self, prompts: Sequence[Prompt]) -> int:
+        count = self.match.prompts if self.match else 0
+        if count >= len(prompts):
+            raise UserError(f"{self.name}: match: prompts={count} leaves none of {len(prompts)} prompts to draw")
+        return count
+
+    def _seed(self, index: int) -> int:
+        return FIXED_SEED if self.seeds == "fixed" else index
 
     def _references(self, cell: Cell, steps: int) -> dict[str, Cell]:
         """What the experiment's metrics compare the cell with; the baseline always, which its time is compared with."""
@@ -130,7 +189,7 @@ def read_experiments(cfg: DictConfig, method: Callable[[str], DictConfig]) -> tu
     if not chosen:
         raise UserError("there is no experiment to do: choose some with experiment=[table1,frontier]")
     try:
-        shared = {"description": "", "limit": None, "outputs": [], "seeds_per_prompt": 1}
+        shared = {"description": "", "limit": None, "outputs": [], "seeds_per_prompt": 1, "match": None}
         shared |= {field: cfg.protocol[field] for field in OF_THE_PROTOCOL}
         shared["prompts"] = _plain(cfg.get("prompts") or cfg.protocol.prompts)
         written = {name: _plain(each) for name, each in chosen.items()}
@@ -179,7 +238,22 @@ def _experiment(
         settings=tuple(settings),
         outputs=tuple(_made(f"{name}: outputs", output) for output in fields["outputs"] or ()),
         left_out=left_out,
+        match=_match(name, fields["match"], fields["settings"] or ()),
     )
+
+
+def _match(name: str, written: Any, entries: Collection[str]) -> Match | None:
+    if written is None:
+        return None
+    known = Match.__dataclass_fields__
+    if not isinstance(written, Mapping) or not {"speedup", "prompts"} <= set(written) <= set(known):
+        raise UserError(f"{name}: match={written!r} is not allowed: give speedup and prompts, of {', '.join(known)}")
+    if unknown := [entry for entry in written.get("apart", ()) if entry not in entries]:
+        raise UserError(f"{name}: match: apart names {unknown[0]!r}, which is no entry of the settings")
+    try:
+        return Match(**written)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """What a run is to do: the fields of configs/eval.yaml, checked before the model is loaded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from hydra.errors import InstantiationException
@@ -11,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from eval.errors import UserError, check_count
 from eval.experiments.settings import Experiment, Row, read_experiments, why_unresolved
-from eval.generation.prompts import Prompt
+from eval.generation.prompts import Prompt, PromptSet
 from eval.generation.records import Cell, Way
 from eval.generation.sweep import Launcher
 from eval.metrics import registry as quality
@@ -22,15 +23,24 @@ FIELDS = "model protocol prompts experiments launcher limit out clipiqa_checkpoi
 
 @dataclass(frozen=True)
 class Study:
-    """`rows` are those of each of `experiments`, prompt by prompt."""
+    """`experiments` with their `prompts`, of each at most `limit`."""
 
     model: ModelConfig
     model_name: str
     launcher: Launcher
     experiments: tuple[Experiment, ...]
-    rows: tuple[tuple[Row, ...], ...]
+    prompts: Mapping[PromptSet, tuple[Prompt, ...]]
+    limit: int | None
     out: Path
     clipiqa_checkpoint: Path | None
+
+    @cached_property
+    def rows(self) -> tuple[tuple[Row, ...], ...]:
+        """Those of each of the experiments, prompt by prompt."""
+        return tuple(
+            tuple(each.rows(self.prompts[each.prompts], self.limit, self.model.num_inference_steps))
+            for each in self.experiments
+        )
 
     @property
     def metrics(self) -> list[str]:
@@ -69,14 +79,11 @@ def read_study(cfg: DictConfig, model_name: str, method: Callable[[str], DictCon
         raise UserError(f"model={model_name} makes videos, and the experiments measure images: use run.py compare=true")
     experiments = read_experiments(cfg, method)
     prompts = {each: each.load() for each in dict.fromkeys(experiment.prompts for experiment in experiments)}
-    rows = [
-        tuple(experiment.rows(prompts[experiment.prompts], cfg.limit, model.num_inference_steps))
-        for experiment in experiments
-    ]
     checkpoint = Path(str(cfg.clipiqa_checkpoint)).expanduser() if cfg.clipiqa_checkpoint else None
     if checkpoint and not checkpoint.is_file():
         raise UserError(f"clipiqa_checkpoint={checkpoint}: there is no such file; give OpenAI's CLIP RN50.pt, or null")
-    study = Study(model, model_name, launcher, experiments, tuple(rows), Path(str(cfg.out)).expanduser(), checkpoint)
+    out = Path(str(cfg.out)).expanduser()
+    study = Study(model, model_name, launcher, experiments, prompts, cfg.limit, out, checkpoint)
     for name in study.metrics:
         quality.kind(name)  # UserError for a name that is no metric
     return study

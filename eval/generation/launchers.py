@@ -32,11 +32,14 @@ class LocalLauncher:
     def __post_init__(self) -> None:
         check_count("launcher.threads", self.threads, optional=True)
 
+    def prepare(self) -> None:
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+
     def draw(
         self, model: ModelConfig, batches: Sequence[Batch], watcher: Watcher, on_machine: Callable[[str], None]
     ) -> Iterator[tuple[Cell, Drawn | Failure]]:
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
+        self.prepare()
         painter = Painter(model)
         on_machine(painter.machine)
         for batch in batches:
@@ -65,6 +68,9 @@ class RayLauncher:
     def __post_init__(self) -> None:
         check_count("launcher.workers", self.workers, optional=True)
         check_count("launcher.cpus_per_worker", self.cpus_per_worker)
+
+    def prepare(self) -> None:
+        raise UserError("match: speedups are measured where images are drawn, one after the other: use launcher=local")
 
     def draw(
         self, model: ModelConfig, batches: Sequence[Batch], watcher: Watcher, on_machine: Callable[[str], None]

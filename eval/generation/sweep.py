@@ -66,6 +66,9 @@ class Watcher(Protocol):
 class Launcher(Protocol):
     """Where the work is done; eval/generation/launchers.py."""
 
+    def prepare(self) -> None:
+        """Make this process one to draw in, at the speed that `draw` has. UserError where that draws elsewhere."""
+
     def draw(
         self, model: ModelConfig, batches: Sequence[Batch], watcher: Watcher, on_machine: Callable[[str], None]
     ) -> Iterator[tuple[Cell, Drawn | Failure]]:

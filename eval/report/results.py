@@ -3,15 +3,44 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pandas as pd
+
+from eval.models.pipelines import ModelConfig
 
 if TYPE_CHECKING:
     from eval.report.tables.sheet import Sheet
 
 KEY = ["prompt_id", "seed"]  # which image
 BASELINE = "Baseline"  # the setting without a cache, which times and images are compared with
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What tuning found for a setting before the experiment was drawn, on prompts that the experiment does not show.
+
+    Fields:
+        asked: the speedup that was searched for.
+        measured: of what: "time" of whole pipeline calls, or "blocks" computed.
+        fields: what was turned, and to which values.
+        speedup: what these gave on the tuning prompts, `prompts` of them.
+        reached: whether any setting is so fast; if not, `fields` are the fastest.
+    """
+
+    asked: float
+    measured: str
+    fields: Mapping[str, Any]
+    speedup: float
+    reached: bool
+    prompts: int
+
+    @property
+    def words(self) -> str:
+        """What was found."""
+        if not self.reached:
+            return "does not reach it"
+        return ", ".join(f"{name} = {value:.4g}" for name, value in self.fields.items())
 
 
 @dataclass(frozen=True)
@@ -35,6 +64,8 @@ class Results:
     One column for each metric, NaN where it cannot be had; `unavailable` says why.
 
     `left_out` has the settings that could not be tried at all, and why.
+    `tunings` has the settings that were tuned, by name; those that do not reach their speedup have no rows.
+    `model_config` is for outputs that look into the model itself.
     """
 
     name: str
@@ -48,6 +79,8 @@ class Results:
     command: str
     converged_steps: int
     left_out: Mapping[str, str] = field(default_factory=dict)
+    tunings: Mapping[str, Tuning] = field(default_factory=dict)
+    model_config: ModelConfig | None = None
 
     @property
     def baseline(self) -> pd.DataFrame:

@@ -56,7 +56,7 @@ class SummaryTable:
         if all(measured.failed(setting) for setting in measured):
             return None
         sheet = self._sheet(results, measured, self._columns(results), hit_rates(measured))
-        return sheet.write(_data(results, measured), folder, self.name, results.name)
+        return sheet.write(self._data(results, measured), folder, self.name, results.name)
 
     def terminal(self, results: Results) -> Table:
         """The same rows for the end of a run, without hit rates and what nothing is known of: terminals are narrow."""
@@ -80,6 +80,18 @@ class SummaryTable:
                 cells.append(_hits(measured, setting, stages))
             rows.append((setting, *cells))
         return Sheet(self.title or results.title, tuple(header), tuple(rows), tuple(self._notes(results, measured)))
+
+    def _data(self, results: Results, measured: Measured) -> pd.DataFrame:
+        """Everything that is known, a row a setting."""
+        metrics = map(metric, results.metrics)
+        quantities = [TOTAL, DENOISING, EVALUATIONS, COMPUTED, MEMORY, *hit_rates(measured), *metrics]
+        rows = []
+        for setting in measured:
+            row: dict[str, object] = {"setting": setting, "prompts": measured.prompts}
+            for quantity in quantities:
+                row |= numbers(measured.cell(setting, quantity), quantity)
+            rows.append(row)
+        return pd.DataFrame(rows)
 
     def _columns(self, results: Results) -> list[Quantity]:
         shown = results.metrics if self.metrics is None else self.metrics
@@ -155,15 +167,3 @@ def _hits(measured: Measured, setting: str, stages: tuple[Quantity, ...]) -> str
     if not texts:
         return MEANINGLESS
     return ", ".join(texts.values() if len(texts) == 1 else (f"{label} {text}" for label, text in texts.items()))
-
-
-def _data(results: Results, measured: Measured) -> pd.DataFrame:
-    """Everything that is known, a row a setting."""
-    quantities = [TOTAL, DENOISING, EVALUATIONS, COMPUTED, MEMORY, *hit_rates(measured), *map(metric, results.metrics)]
-    rows = []
-    for setting in measured:
-        row: dict[str, object] = {"setting": setting, "prompts": measured.prompts}
-        for quantity in quantities:
-            row |= numbers(measured.cell(setting, quantity), quantity)
-        rows.append(row)
-    return pd.DataFrame(rows)
