@@ -2,9 +2,20 @@
 
 from eval.report.figures.banner import Banner
 from eval.report.figures.frontier import Frontier
+from eval.report.figures.gaussianity import Gaussianity
 from eval.report.figures.heatmap import HeatMap
 from eval.report.figures.rows import Rows
 from eval.report.figures.separation import Separation
+from eval.report.figures.stability import Stability
 from eval.report.figures.traces import MetricTrace
 
-__all__ = ["Banner", "Frontier", "HeatMap", "MetricTrace", "Rows", "Separation"]
+__all__ = [
+    "Banner",
+    "Frontier",
+    "Gaussianity",
+    "HeatMap",
+    "MetricTrace",
+    "Rows",
+    "Separation",
+    "Stability",
+]
