@@ -260,7 +260,7 @@ def terminal(interactive: bool) -> tuple[Console, StringIO]:
 
 def watch(console: Console, clock: Iterator[float], monkeypatch) -> None:
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
-    names = {None: "Baseline", METHODS[1]: "H2-Cache", METHODS[2]: "TaylorSeer"}
+    names = {cell.way: name for cell, name in zip(CELLS, ("Baseline", "H2-Cache", "TaylorSeer"), strict=False)}
     with watching(console, names) as watcher:
         watcher.has([tuple(CELLS[:3]), tuple(CELLS[3:])])
         for cell in CELLS:
