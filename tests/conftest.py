@@ -9,6 +9,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_T
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
 import copy
+import gc
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,16 @@ torch.set_num_threads(1)
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=20, print_blob=False)
 settings.load_profile("repeatable")
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported lives as long as the process: the garbage collector need not look through it each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

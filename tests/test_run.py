@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from functools import partial
-from io import StringIO
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +56,22 @@ def start(*arguments: str, cwd: Path, **environment: str) -> subprocess.Popen:
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
     stdout, stderr = process.communicate(timeout=120)
     return process.returncode, stdout, stderr
+
+
+@pytest.fixture
+def draws(tmp_path, monkeypatch, capsys):
+    """`draws("seed=3")` runs run.py's main in this process, in the test's folder, and returns what it printed."""
+
+    def draws(*arguments: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("COLUMNS", "80")
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+        run.main()
+        stdout, stderr = capsys.readouterr()
+        assert stderr == ""
+        return stdout
+
+    return draws
 
 
 @pytest.fixture
@@ -114,11 +130,9 @@ def test_a_run_draws_what_the_library_draws_and_writes_it_down(tiny_pipe, tiny_p
         assert f"{stage.ljust(11)}{''.join(map(glyphs.get, rows.decision))} " in stdout
 
 
-def test_a_comparison_draws_both_and_says_how_far_apart_they_are(tiny_pipe, tiny_pipe_folder, tmp_path):
+def test_a_comparison_draws_both_and_says_how_far_apart_they_are(draws, tiny_pipe, tiny_pipe_folder, tmp_path):
     fields = ["method=block_cache", "method.threshold=0.4", "compare=true", f"out={tmp_path / 'pair.png'}"]
-    process = start(*arguments_for(tiny_pipe_folder), f"prompt={PROMPT}", *fields, cwd=REPOSITORY)
-    code, stdout, stderr = finish(process)
-    assert (code, stderr) == (0, "")
+    stdout = draws(*arguments_for(tiny_pipe_folder), f"prompt={PROMPT}", *fields)
 
     pair = pixels(tmp_path / "pair.compare.png")
     baseline, cached = pair[:, :32], pair[:, -32:]
@@ -130,12 +144,11 @@ def test_a_comparison_draws_both_and_says_how_far_apart_they_are(tiny_pipe, tiny
     assert "x with text encoding and VAE" in stdout
 
 
-def test_a_multirun_keeps_its_jobs_apart_and_leaves_nothing_else(tiny_pipe, tiny_pipe_folder, tmp_path):
+def test_a_multirun_keeps_its_jobs_apart_and_leaves_nothing_else(draws, tiny_pipe, tiny_pipe_folder, tmp_path):
     """A sweep over two methods, the prompt quoted for Hydra. The baseline's trace is there and empty."""
     quoted = PROMPT.replace('"', '\\"')
     arguments = [*arguments_for(tiny_pipe_folder), f'prompt="{quoted}"', "out=x.png"]
-    code, stdout, stderr = finish(start(*arguments, "method=none,block_cache", "--multirun", cwd=tmp_path))
-    assert (code, stderr) == (0, "")
+    stdout = draws(*arguments, "method=none,block_cache", "--multirun")
     names = [f"x-{job}.{suffix}" for job in (0, 1) for suffix in ("png", "trace.csv", "yaml")]
     assert sorted(file.name for file in tmp_path.iterdir()) == names
     assert np.array_equal(pixels(tmp_path / "x-0.png"), drawn_directly(tiny_pipe, seed=0))
@@ -146,13 +159,16 @@ def test_a_multirun_keeps_its_jobs_apart_and_leaves_nothing_else(tiny_pipe, tiny
     assert "no cache on flux-mini" in stdout
 
 
-def test_without_arguments_it_draws_with_the_embedded_model(tmp_path):
-    code, stdout, stderr = finish(start("model.num_inference_steps=2", cwd=tmp_path, PYTHONIOENCODING="ascii"))
-    assert (code, stderr) == (0, "")
+def test_without_arguments_it_draws_with_the_embedded_model(draws, tmp_path, monkeypatch):
+    stdout = BytesIO()
+    monkeypatch.setattr(sys, "stdout", TextIOWrapper(stdout, encoding="ascii"))
+    draws("model.num_inference_steps=2")
+    sys.stdout.flush()
     assert pixels(tmp_path / "image.png").shape == (128, 128, 3)
-    assert "# computed" in stdout  # without Unicode the cells are letters and signs
+    assert b"# computed" in stdout.getvalue()  # without Unicode the cells are letters and signs
 
 
+@pytest.mark.thorough
 def test_interrupted_it_leaves_the_folder_as_it_was(tiny_pipe_folder, tmp_path):
     (tmp_path / "image.png").write_text("the image of an earlier run")
     long = ["model.num_inference_steps=50000", "model.max_sequence_length=8"]

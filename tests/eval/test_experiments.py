@@ -305,6 +305,7 @@ def test_a_method_that_fails_is_told_and_missing_and_tried_again(command, tmp_pa
     assert code == 0 and "8 images, 2 of them drawn now" in stdout
 
 
+@pytest.mark.thorough
 def test_a_real_run_that_is_killed_goes_on_and_ends_like_another(command, tiny_pipe_folder, tmp_path):
     """`python -m eval` gets SIGKILL as soon as three of sixteen images are there."""
     arguments = [*SMALL, "limit=4", "out=killed"]
@@ -337,7 +338,15 @@ def test_ctrl_c_is_130(command, monkeypatch):
 
 # What it refuses.
 
-TABLE = "experiments.table1"
+# Composing a method's configuration is what takes time, and this experiment has only two.
+TWO = """# @package experiments.two
+title: two settings
+settings:
+  Baseline: {method: none}
+  H2-Cache: ${protocol.h2cache}
+outputs: []
+"""
+FIELDS = "experiments.two"
 
 
 @pytest.mark.parametrize(
@@ -360,29 +369,32 @@ TABLE = "experiments.table1"
         (["model.path=nowhere"], ["nowhere", "model_index.json"]),
         (["clipiqa_checkpoint=a.pt"], ["clipiqa_checkpoint=a.pt", "no such file"]),
         (["out=/proc/results"], ["/proc/results", "out="]),
-        ([f"+{TABLE}.metrics=[psnr,snr]"], ["'snr'", "psnr"]),
-        ([f"+{TABLE}.seeds=random"], ["table1", "seeds", "'random'", "fixed", "per_prompt"]),
-        ([f"+{TABLE}.steps=0"], ["table1", "steps=0"]),
-        ([f"+{TABLE}.setings={{}}"], ["table1", "setings", "settings"]),
+        ([f"+{FIELDS}.metrics=[psnr,snr]"], ["'snr'", "psnr"]),
+        ([f"+{FIELDS}.seeds=random"], ["two", "seeds", "'random'", "fixed", "per_prompt"]),
+        ([f"+{FIELDS}.steps=0"], ["two", "steps=0"]),
+        ([f"+{FIELDS}.setings={{}}"], ["two", "setings", "settings"]),
         (["protocol.h2cache.method=h3cache"], ["method=h3cache", "h2cache"]),
-        (["+protocol.h2cache.tau3=1"], ["table1", "H2-Cache", "tau3", "tau1, tau2"]),
-        (["+protocol.h2cache.tau1=high"], ["table1", "H2-Cache", "tau1", "'high'"]),
-        (["+protocol.h2cache.tau1=[0.1,0.1]"], ["table1", "H2-Cache", "more than once"]),
+        (["+protocol.h2cache.tau3=1"], ["two", "H2-Cache", "tau3", "tau1, tau2"]),
+        (["+protocol.h2cache.tau1=high"], ["two", "H2-Cache", "tau1", "'high'"]),
+        (["+protocol.h2cache.tau1=[0.1,0.1]"], ["two", "H2-Cache", "more than once"]),
         (["+protocol.h2cache.tau1=[]"], ["tau1", "empty list"]),
-        ([f"+{TABLE}.settings.Baseline.tau1=[0.1,0.2]"], ["Baseline", "no field tau1"]),
-        ([f"+{TABLE}.settings.Uncached={{method: none}}"], ["Uncached", "Baseline", "none"]),
-        ([f"{TABLE}.settings.Baseline={{method: h2cache}}"], ["Baseline", "none"]),
-        ([f"{TABLE}.settings.H2-Cache=3"], ["H2-Cache", "3", "method"]),
-        ([f"+{TABLE}.settings.X={{tau1: 0.1}}"], ["X", "tau1", "method"]),
-        ([f"{TABLE}.outputs=[{{_target_: eval.report.figures.Nothing}}]"], ["table1", "outputs", "Nothing"]),
-        ([f"{TABLE}.outputs=[{{name: x}}]"], ["table1", "outputs", "_target_"]),
-        ([f"{TABLE}.title=${{nothing}}"], ["nothing"]),
+        ([f"+{FIELDS}.settings.Baseline.tau1=[0.1,0.2]"], ["Baseline", "no field tau1"]),
+        ([f"+{FIELDS}.settings.Uncached={{method: none}}"], ["Uncached", "Baseline", "none"]),
+        ([f"{FIELDS}.settings.Baseline={{method: h2cache}}"], ["Baseline", "none"]),
+        ([f"{FIELDS}.settings.H2-Cache=3"], ["H2-Cache", "3", "method"]),
+        ([f"+{FIELDS}.settings.X={{tau1: 0.1}}"], ["X", "tau1", "method"]),
+        ([f"{FIELDS}.outputs=[{{_target_: eval.report.figures.Nothing}}]"], ["two", "outputs", "Nothing"]),
+        ([f"{FIELDS}.outputs=[{{name: x}}]"], ["two", "outputs", "_target_"]),
+        ([f"{FIELDS}.title=${{nothing}}"], ["nothing"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_what_the_user_can_put_right_is_one_sentence_before_any_image_is_made(command, tmp_path, arguments, says):
-    chosen = [] if any(argument.startswith("experiment=") for argument in arguments) else ["experiment=table1"]
-    code, stdout, stderr = command(*chosen, *arguments)
+    if not any(argument.startswith("experiment=") for argument in arguments):
+        (tmp_path / "experiment").mkdir()
+        (tmp_path / "experiment/two.yaml").write_text(TWO)
+        arguments = ["experiment=two", f"hydra.searchpath=[file://{tmp_path}]", *arguments]
+    code, stdout, stderr = command(*arguments)
     assert (code, stdout) == (2, "")
     assert stderr.startswith("eval: error: ") and stderr.count("\n") == 1
     assert [word for word in says if word not in stderr] == []

@@ -61,7 +61,13 @@ def by_gid(figure: Figure, gid: str) -> list:
 # Files
 
 
-@pytest.mark.parametrize("output", FIGURES)
+def once_a_kind(figure):
+    """Writing both files takes a second, so that another figure of a kind is thorough."""
+    another = figure.id in ("traces-of-two", "frontier-of-blocks")
+    return pytest.param(*figure.values, id=figure.id, marks=pytest.mark.thorough) if another else figure
+
+
+@pytest.mark.parametrize("output", map(once_a_kind, FIGURES))
 def test_a_figure_is_a_png_at_200_dpi_and_a_pdf_with_text(output, measured, tmp_path):
     artifact = output.make(measured, tmp_path)
     png, pdf = artifact.files

@@ -78,6 +78,7 @@ class Killer(Diary):
             os.kill(self.killed, signal.SIGKILL)
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the workers in /proc")
 def test_a_killed_worker_is_replaced_and_the_records_are_those_of_one_process(draw):
     killer = Killer()

@@ -1,7 +1,5 @@
 """Videos from run.py: the MP4, its contact sheet, the comparison. On a tiny random Wan with all its parts."""
 
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from itertools import pairwise
@@ -119,19 +117,11 @@ def tiles(sheet: np.ndarray, row: int = 0) -> list[np.ndarray]:
     return [sheet[top : top + height, left : left + width] for left in range(0, sheet.shape[1], width + GAP)]
 
 
-def test_a_video_its_contact_sheet_and_the_trace(wan, pipe, tmp_path):
-    """`python run.py` as typed: what it writes is what the library draws."""
-    arguments = [*arguments_for(wan), f"prompt={PROMPT}", "method=block_cache", "method.threshold=0.3", "out=cat.mp4"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    process = subprocess.run(
-        [sys.executable, str(REPOSITORY / "run.py"), *arguments],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert (process.returncode, process.stderr) == (0, "")
+def test_a_video_its_contact_sheet_and_the_trace(wan, pipe, command, tmp_path):
+    """What run.py writes is what the library draws."""
+    fields = ["method=block_cache", "method.threshold=0.3", "out=cat.mp4"]
+    code, stdout, stderr = command(*arguments_for(wan), *fields)
+    assert (code, stderr) == (0, "")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["cat.mp4", "cat.png", "cat.trace.csv", "cat.yaml"]
 
     with h2cache.apply(pipe, BlockCacheConfig(threshold=0.3)) as handle:
@@ -148,8 +138,8 @@ def test_a_video_its_contact_sheet_and_the_trace(wan, pipe, tmp_path):
     steps = [np.abs(pixels(a).astype(float) - pixels(b)).mean() for a, b in pairwise(frames)]
     assert max(errors) < min(steps) / 2  # lossy, but each frame is in its place
     assert OmegaConf.load(tmp_path / "cat.yaml").model.num_frames == 9
-    assert "48x32, 9 frames at 24 a second, 6 steps" in process.stdout
-    assert "network cond" in process.stdout and "network uncond" in process.stdout
+    assert "48x32, 9 frames at 24 a second, 6 steps" in stdout
+    assert "network cond" in stdout and "network uncond" in stdout
 
 
 def test_a_comparison_of_videos(command, wan, pipe, tmp_path):

@@ -30,8 +30,6 @@ def few_objects():
     """Sets aside what exists, a million objects of libraries, so that counting and collecting see only what comes."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def documented_bytes(config: CacheConfig, rows: list, image: int, text: int, dtype: torch.dtype) -> int:
