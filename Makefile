@@ -1,5 +1,6 @@
 # make run [ARGS='prompt="a cat" seed=3']    draw an image; the arguments are run.py's
 # make test [ARGS='-k timeline'] [WORKERS=4]  run the tests in two processes or more; the arguments are pytest's
+# make test-thorough                         run the long products of cases that it leaves out (docs/tests.md)
 # make lint
 # bash run_exper.sh --help                   the paper's tables and figures
 #
@@ -14,13 +15,16 @@ ARGS ?=
 WORKERS ?= 2
 OLD := 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is too old: make PYTHON=python3.11 or newer")'
 
-.PHONY: run test lint
+.PHONY: run test test-thorough lint
 
 run: $(VENV)/run.stamp
 	$(BIN)/python run.py $(ARGS)
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not thorough" $(ARGS)
+
+test-thorough: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -n $(WORKERS) -m thorough $(ARGS)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -20,7 +20,6 @@ METHODS = {
 WORDS = {
     "test_what_never_hits_gives_the_same_bits": "bits",
     "test_what_hits_computes_less_and_differs": "hits",
-    "test_the_very_same_embeddings_make_the_same_image_again": "runs",
     "test_an_interrupted_run_leaves_nothing_behind": "runs",
     "test_a_guided_image_is_the_same_after_another_one": "guidance",
     "test_guidance_without_hits_gives_the_same_bits": "guidance",

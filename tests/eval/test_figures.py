@@ -15,6 +15,7 @@ from matplotlib.text import Text
 from measured import DETAIL, STRUCTURE, THRESHOLDS, grid, picture, results, rivals, row, trace
 from PIL import Image
 from repository import REPOSITORY
+from thorough import product
 
 from eval.errors import UserError
 from eval.report.figures import Banner, Frontier, HeatMap, MetricTrace, Rows, Separation
@@ -61,13 +62,8 @@ def by_gid(figure: Figure, gid: str) -> list:
 # Files
 
 
-def once_a_kind(figure):
-    """Writing both files takes a second, so that another figure of a kind is thorough."""
-    another = figure.id in ("traces-of-two", "frontier-of-blocks")
-    return pytest.param(*figure.values, id=figure.id, marks=pytest.mark.thorough) if another else figure
-
-
-@pytest.mark.parametrize("output", map(once_a_kind, FIGURES))
+# Writing both files takes a second, so that another figure of a kind is thorough.
+@product("output", FIGURES, kept=lambda figure: figure not in ("traces-of-two", "frontier-of-blocks"))
 def test_a_figure_is_a_png_at_200_dpi_and_a_pdf_with_text(output, measured, tmp_path):
     artifact = output.make(measured, tmp_path)
     png, pdf = artifact.files

@@ -14,9 +14,10 @@ from attachments import assert_same_inside, inside
 from diffusers.hooks import HookRegistry
 from diffusers.hooks import ModelHook as DiffusersHook
 from loops import blocks_of, denoise, denoising
-from methods_under_test import KINDS, METHODS, every_method_once, never_hitting, skips_modules
+from methods_under_test import KINDS, METHODS, every_method_once, never_hitting, skips_modules, some_kinds
 from peft import LoraConfig
 from pictures import is_mixed, picture
+from thorough import named, product
 from tiny import tiny_transformer
 from torch import nn
 
@@ -43,7 +44,7 @@ def test_never_hitting_changes_no_bit(config, request_, tiny_pipe):
     assert torch.equal(picture(tiny_pipe, **request_), untouched)  # and nothing of it stays
 
 
-@pytest.mark.parametrize("config", KINDS)
+@some_kinds
 def test_never_hitting_changes_no_bit_on_flux_mini(config, flux_mini):
     prompt = ["a red sign that says STOP", "a blue shirt"]
     options = dict(steps=5, height=128, width=128, max_sequence_length=64)
@@ -276,20 +277,26 @@ def anatomy(model: nn.Module) -> dict[tuple[str, str], Any]:
 
 
 WEARS_MOST = next(method for method in KINDS if skips_modules(method.values[0]))
-CASES = [
-    pytest.param(config.values[0], other, order, runs_between, id=f"{config.id}-{name}-{order_name}-{between}")
-    for config in KINDS
-    for name, other in OTHERS.items()
-    for order_name, order in ORDERS.items()
-    for between, runs_between in {"runs-between": True, "no-runs-between": False}.items()
-    # All of them for the first method and for the one that wears the most.
-    if config in (KINDS[0], WEARS_MOST) or (runs_between and order_name == "apply-other-remove-other")
-    # Compiling takes seconds and is never taken off: one method, two orders.
-    if name != "compile" or (config is KINDS[0] and order_name.endswith("remove-other"))
-]
+BETWEEN = {"runs-between": True, "no-runs-between": False}
 
 
-@pytest.mark.parametrize(("config", "other", "order", "runs_between"), CASES)
+def of_removal(method: str, other: str, order: str, between: str) -> bool:
+    """Every other in every order, with runs between or without, for the method that wears the most; every other for the
+    first method, and one for each other kind. Compiling takes seconds and is never taken off: one method, two orders.
+    """
+    others, orders = list(OTHERS), list(ORDERS)
+    turn = (others.index(other) + orders.index(order)) % 2 == list(BETWEEN).index(between)
+    if other == "compile":
+        return method == KINDS[0].id and order.endswith("remove-other") and between == "runs-between"
+    if method == WEARS_MOST.id:
+        return turn
+    number = [kind.id for kind in KINDS].index(method)
+    if method == KINDS[0].id:
+        return turn and orders.index(order) == others.index(other)
+    return between == "runs-between" and order == orders[number % 4] and other == others[number % 4]
+
+
+@product("config, other, order, runs_between", KINDS, named(OTHERS), named(ORDERS), named(BETWEEN), kept=of_removal)
 def test_removal_in_any_order(config, other, order, runs_between):
     """Every image and in the end every attribute is that of a model that wore only the other."""
     cached, plain = tiny_transformer(), tiny_transformer()

@@ -95,12 +95,23 @@ def test_what_never_hits_gives_the_same_bits(name, method):
 
 @every_method
 def test_what_hits_computes_less_and_differs(name, method):
-    config = hitting(name, method)
+    """And when it is removed it leaves no memory, no attribute and no other image behind."""
+    family, config, inputs = family_named(name), hitting(name, method), family_named(name).inputs([0], False)
+    before = attributes(name)
     with cached(name, config) as (pipe, handle):
-        image = generate(family_named(name), pipe)
+        image = generate(family, pipe, inputs=inputs)
+        del inputs
+        assert handle.held_bytes() == 0
     assert 0 < skips(handle) < len(handle.trace)
     assert image.isfinite().all()
     assert not torch.equal(image, uncached(name))
+    assert attributes(name) == before
+    assert torch.equal(generate(family, family_pipe(name)), uncached(name))
+
+
+def attributes(name: str) -> list[list[str]]:
+    """The names of what each module of the family's transformers has."""
+    return [list(vars(module)) for part in transformers_of(family_pipe(name)) for module in part.modules()]
 
 
 @pytest.mark.parametrize("name", NO_IMAGE_MLP)
@@ -108,18 +119,6 @@ def test_what_hits_computes_less_and_differs(name, method):
 def test_clusters_are_refused_where_no_mlp_is_the_image_s_alone(name, method):
     with pytest.raises(ValueError, match=r"ClusCa.*use TaylorSeerConfig or HiCacheConfig"):
         h2cache.apply(family_pipe(name), NEVER[method])
-
-
-@every_family
-@some_methods
-def test_the_very_same_embeddings_make_the_same_image_again(name, method):
-    inputs = family_named(name).inputs([0], False)
-    with cached(name, hitting(name, method)) as (pipe, handle):
-        images = [generate(family_named(name), pipe, inputs=inputs) for _ in range(2)]
-    assert torch.equal(*images)
-    each = len(transformers_of(pipe))  # each transformer of a pipeline has runs of its own
-    assert handle.summary()["runs"] == 2 * each
-    assert all(decisions(handle, run) == decisions(handle, run + each) for run in range(each))
 
 
 @every_family
@@ -184,36 +183,16 @@ def linear_calls(pipe, stop_at: int | None = None):
 @every_family
 @some_methods
 def test_an_interrupted_run_leaves_nothing_behind(name, method):
+    """The very same embeddings make the same image again, by the same decisions, also after a run that failed."""
     family = family_named(name)
     inputs = family.inputs([0], False)
-    with cached(name, hitting(name, method)) as (pipe, _):
+    with cached(name, hitting(name, method)) as (pipe, handle):
         with linear_calls(pipe) as calls:
-            alone = generate(family, pipe, inputs=inputs)
+            first = generate(family, pipe, inputs=inputs)
+        assert torch.equal(generate(family, pipe, inputs=inputs), first)
+        each = len(transformers_of(pipe))  # each transformer of a pipeline has runs of its own
+        assert handle.summary()["runs"] == 2 * each
+        assert all(decisions(handle, run) == decisions(handle, run + each) for run in range(each))
         with linear_calls(pipe, stop_at=int(0.6 * len(calls))), pytest.raises(Stop):
             generate(family, pipe, inputs=inputs)
-        assert torch.equal(generate(family, pipe, inputs=inputs), alone)
-
-
-@every_family
-@pytest.mark.parametrize("method", ["h2", "taylorseer"])
-def test_removal_leaves_every_module_as_it_was(name, method):
-    pipe = family_pipe(name)
-
-    def state() -> list[dict]:
-        return [dict(vars(module)) for part in transformers_of(pipe) for module in part.modules()]
-
-    before = state()
-    with cached(name, hitting(name, method)):
-        generate(family_named(name), pipe, steps=3)
-    assert [each.keys() for each in state()] == [each.keys() for each in before]
-    assert torch.equal(generate(family_named(name), pipe), uncached(name))
-
-
-@every_family
-@pytest.mark.parametrize("method", ["h2", "taylorseer"])
-def test_nothing_is_held_after_a_run(name, method):
-    inputs = family_named(name).inputs([0], False)
-    with cached(name, hitting(name, method)) as (pipe, handle):
-        generate(family_named(name), pipe, inputs=inputs)
-        del inputs
-        assert handle.held_bytes() == 0
+        assert torch.equal(generate(family, pipe, inputs=inputs), first)

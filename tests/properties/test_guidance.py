@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxKontextPipeline, FluxPipeline
-from methods_under_test import KINDS, METHODS, every_method_once, measures
+from methods_under_test import METHODS, every_method_once, measures, some_kinds
 from pictures import alone, is_mixed, own_pipeline, partial_steps, picture
 from torch import nn
 
@@ -154,7 +154,7 @@ def test_branches_with_the_very_same_embeddings(config, pipeline, tiny_pipe):
         assert [row[:3] + row[4:] for row in decisions(handle, context)] == [row[:3] + row[4:] for row in single]
 
 
-@pytest.mark.parametrize("config", KINDS)
+@some_kinds
 def test_guidance_on_flux_mini(config, flux_mini):
     options = dict(steps=5, height=128, width=128, max_sequence_length=64)
     with one_transformer_a_branch(flux_mini, FluxPipeline, config) as (pipe, _):

@@ -10,10 +10,10 @@ from interruptions import Interruption, break_off_between_steps, called_at_every
 from loops import before_each_call, denoise, denoising, position_ids
 from methods_under_test import (
     EARLY,
-    KINDS,
     METHODS,
     MODULES,
     measures,
+    some_kinds,
     warmup_steps,
 )
 from pictures import alone, is_mixed, own_pipeline, picture
@@ -93,10 +93,11 @@ DISTURBANCES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("disturb", DISTURBANCES.values(), ids=DISTURBANCES)
 @pytest.mark.parametrize("config", METHODS[:1] + EARLY + MODULES[-1:])
 def test_next_picture_is_as_if_alone(config, disturb, tiny_pipe):
-    """Each disturbance by itself; the other methods meet them all below."""
+    """Each disturbance by itself; every method meets them all below."""
     expected = alone(tiny_pipe, config)
     with h2cache.apply(tiny_pipe, config) as handle:
         kept = disturb(tiny_pipe)  # an exception that is kept keeps the frames of its run, and all that was theirs
@@ -122,7 +123,7 @@ def test_a_whole_session(config, tiny_pipe):
         assert torch.equal(picture(tiny_pipe), expected)
 
 
-@pytest.mark.parametrize("config", KINDS)
+@some_kinds
 def test_a_session_on_flux_mini(config, flux_mini):
     options = dict(steps=6, height=128, width=128, max_sequence_length=64)
     requests = [dict(seed=1), dict(prompt=["a label", "a sign"], steps=5), dict(prompt="a blue shirt", seed=2)]

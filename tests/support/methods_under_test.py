@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable
-from itertools import count
+from itertools import count, cycle
 from typing import Any
 
 import pytest
+from thorough import named, product
 
 from baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
 from h2cache import CacheConfig, Decision, H2CacheConfig
@@ -80,13 +81,24 @@ MODULES = methods(skips_modules)
 KINDS = list({kind(method.values[0]): method for method in reversed(METHODS)}.values())[::-1]
 
 
+SOME_KINDS = [
+    KINDS[0].id,
+    next(method.id for method in KINDS if method in MODULES),
+]  # stages, and modules inside blocks
+
+some_kinds = product("config", KINDS, kept=lambda method: method in SOME_KINDS)
+
+
 def every_method_once(name: str, values: dict[str, Any], most: str) -> pytest.MarkDecorator:
-    """(config, `name`): one method of each kind with all `values`, and the other methods with the one called `most`."""
-    cases = [(method, key) for method in METHODS for key in values if method in KINDS or key == most]
-    return pytest.mark.parametrize(
-        ("config", name),
-        [pytest.param(method.values[0], values[key], id=f"{method.id}-{key}") for method, key in cases],
-    )
+    """(config, `name`): every method with the value called `most`, and two methods with each of the other `values`.
+
+    Of the two one measures and one follows a schedule; the next value has the next two. The rest is thorough.
+    """
+    others = [key for key in values if key != most]
+    covered = {(method.id, most) for method in METHODS}
+    for kinds in ([each for each in KINDS if each in MEASURING], [each for each in KINDS if each in SCHEDULED]):
+        covered |= {(method.id, key) for method, key in zip(cycle(kinds), others, strict=False)}
+    return product(f"config, {name}", METHODS, named(values), kept=lambda *ids: ids in covered)
 
 
 def never_hitting(config: CacheConfig) -> CacheConfig:

@@ -121,8 +121,8 @@ def _real(generation: str) -> Subject:
 SUBJECTS = [
     "v1-standin",
     "v2-standin",
-    pytest.param("v1-nunchaku", marks=pytest.mark.nunchaku),
-    pytest.param("v2-nunchaku", marks=pytest.mark.nunchaku),
+    pytest.param("v1-nunchaku", marks=[pytest.mark.nunchaku, pytest.mark.thorough]),
+    pytest.param("v2-nunchaku", marks=[pytest.mark.nunchaku, pytest.mark.thorough]),
 ]
 
 

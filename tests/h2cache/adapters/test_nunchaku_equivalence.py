@@ -14,6 +14,7 @@ from loops import denoise
 from methods_under_test import KINDS, never_hitting
 from nunchakus import CLASSES, STAGED, Subject, flux, nunchaku, standin  # noqa: F401
 from pictures import is_mixed, partial_steps, run_record
+from thorough import named, product
 from torch import Tensor
 
 import h2cache
@@ -22,6 +23,9 @@ from h2cache import CacheConfig
 every_method = pytest.mark.parametrize("config", STAGED)
 kinds = pytest.mark.parametrize("config", [method for method in STAGED if method in KINDS])
 generations = pytest.mark.parametrize("generation", CLASSES)
+FIRST = STAGED[0].id  # runs everything; the other methods what tells most
+DEPTHS = [pytest.param(*depth, id="{}-{}".format(*depth)) for depth in [(1, 4), (3, 1), (5, 2)]]
+SAMPLES = [pytest.param(*numbers, id="{}-{}".format(*numbers)) for numbers in [(2, 3), (1, 2), (2, 0), (0, 1)]]
 DTYPES = {"v1": torch.bfloat16, "v2": torch.float32}
 TOLERANCE = {torch.bfloat16: 0.0, torch.float16: 0.01, torch.float32: 1e-4}
 
@@ -47,18 +51,15 @@ RUNS = {
     "odd": {"height": 5, "width": 7, "text_tokens": 11},  # 35 image tokens: nothing is a multiple of anything
     "two-tiles": {"height": 13, "width": 21, "text_tokens": 3},  # 273 image tokens: the second tile is mostly padding
 }
-every_run = pytest.mark.parametrize(
-    ("generation", "run"),
-    [
-        pytest.param(generation, run, id=f"{generation}-{name}")
-        for generation in CLASSES
-        for name, run in RUNS.items()
-        if generation == "v1" or "batch" not in run  # V2's kernels take one image at a time
-    ],
-)
+EVERY_RUN = [
+    pytest.param(generation, run, id=f"{generation}-{name}")
+    for generation in CLASSES
+    for name, run in RUNS.items()
+    if generation == "v1" or "batch" not in run  # V2's kernels take one image at a time
+]
 
 
-@every_run
+@pytest.mark.parametrize(("generation", "run"), EVERY_RUN)
 def test_without_a_cache(generation, run, nunchaku):
     model = flux(dtype=DTYPES[generation])
     subject = standin(nunchaku, generation, model)
@@ -66,8 +67,12 @@ def test_without_a_cache(generation, run, nunchaku):
     assert_alike(subject, denoise(subject.transformer, **options), denoise(model, **options))
 
 
-@every_run
-@every_method
+@product(
+    "config, generation, run",
+    STAGED,
+    EVERY_RUN,
+    kept=lambda method, run: run in ("v1-batch", "v2-odd") or method == FIRST,
+)
 def test_decisions_and_images_are_those_of_diffusers(config, generation, run, nunchaku):
     model = flux(dtype=DTYPES[generation])
     subject = standin(nunchaku, generation, model)
@@ -104,9 +109,13 @@ def test_with_weights_of_four_bits(config, generation, nunchaku):
     assert_alike(subject, image, expected)
 
 
-@pytest.mark.parametrize(("double", "single"), [(1, 4), (3, 1), (5, 2)])
-@kinds
-@generations
+@product(
+    "config, generation, double, single",
+    [method for method in STAGED if method in KINDS],
+    named(dict(zip(CLASSES, CLASSES, strict=True))),
+    DEPTHS,
+    kept=lambda method, generation, depth: method == FIRST or (generation, depth) == ("v1", "3-1"),
+)
 def test_any_number_of_blocks(generation, config, double, single, nunchaku):
     """Counted, not assumed: FLUX.1-lite has fewer, and a stage may have a first block only."""
     model = flux(double, single, dtype=DTYPES[generation])
@@ -138,9 +147,13 @@ def with_samples(double: int, single: int) -> Any:
     return add
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize(("double", "single"), [(2, 3), (1, 2), (2, 0), (0, 1)])
-@every_method
+@product(
+    "config, double, single, batch",
+    STAGED,
+    SAMPLES,
+    named({"1": 1, "3": 3}),
+    kept=lambda method, samples, batch: (samples, batch) == ("2-3", "3") or (method == FIRST and batch == "1"),
+)
 def test_controlnet_on_v1_counts_once_hit_or_miss(config, double, single, batch, nunchaku):
     model = flux()
     subject = standin(nunchaku, "v1", model)

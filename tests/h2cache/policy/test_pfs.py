@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from h2cache.policy.pfs import deviation, relative_l1, summarize
+from h2cache.policy.pfs import deviation, observe, relative_l1, strides, summarize
 
 
 def relative(cached: torch.Tensor, current: torch.Tensor) -> float:
@@ -36,6 +36,18 @@ def test_known_values():
 )
 def test_shapes(tokens, channels, target, shape):
     assert summarize(torch.zeros(1, tokens, channels), target).shape == shape
+
+
+@pytest.mark.parametrize(
+    ("tokens", "target", "stride"), [(7, 2, 3), (11, 4, 2), (4608, 2048, 2), (4608, 640, 7), (4095, 2048, 1), (3, 4, 1)]
+)
+def test_where_tokens_are_no_multiple_of_the_target_the_stride_is_rounded_down(tokens, target, stride):
+    """So that the thumbnail never has fewer values than the target asks for. What fills no window is left out."""
+    assert strides(tokens, 8, target) == (stride, stride)
+    features = torch.arange(float(tokens)).reshape(1, tokens, 1).expand(1, tokens, 8)
+    thumbnail, _ = observe([features], None, target, None)
+    first = (stride - 1) / 2  # the mean of 0 .. stride - 1
+    assert thumbnail[0, :, 0].tolist() == [first + stride * row for row in range(tokens // stride)]
 
 
 def test_none_does_not_pool():

@@ -12,6 +12,7 @@ import pytest
 import torch
 from loops import denoise
 from repository import REPOSITORY
+from thorough import named, product
 from tiny import tiny_transformer
 
 import h2cache
@@ -29,21 +30,11 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_int
 
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
-def test_in_the_interpreter():
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--timeout=0",
-        "-k",
-        "interpreted",
-        __file__,
-    ]
+@pytest.mark.parametrize("cases", ["not thorough", pytest.param("thorough", marks=pytest.mark.thorough)])
+def test_in_the_interpreter(cases):
+    options = ["-q", "-p", "no:cacheprovider", "--timeout=0", "-k", "interpreted", "-m", cases]
     done = subprocess.run(
-        command,
+        [sys.executable, "-m", "pytest", *options, __file__],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         cwd=REPOSITORY,
         capture_output=True,
@@ -63,19 +54,29 @@ def features(text: int, image: int, width: int, dtype: torch.dtype, seed: int) -
     ]
 
 
+DTYPES = ["float32", "float16", "bfloat16"]
+SHAPES = {
+    "whole": (0, 64, 96, None),
+    "stride-of-2": (0, 64, 96, 32),  # structure at FLUX.1-dev's stride
+    "straddling": (40, 64, 96, 8),  # windows that straddle text and image, stride 13, channels left over
+    "tokens-left": (13, 71, 33, 10),  # tokens left over as well
+    "wide": (5, 7, 3, 1),  # more tokens a window than channels
+    "columns": (0, 2, 5000, None),  # more columns than one program takes
+}
+
+
+def in_turn(shape: str, before: str, dtype: str) -> bool:
+    """Every shape with and without a `before`, each in another dtype."""
+    return (list(SHAPES).index(shape) + (before == "before")) % 3 == DTYPES.index(dtype)
+
+
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("with_before", [True, False])
-@pytest.mark.parametrize(
-    ("text", "image", "width", "target"),
-    [
-        (0, 64, 96, None),
-        (0, 64, 96, 32),  # structure at FLUX.1-dev's stride of 2
-        (40, 64, 96, 8),  # windows that straddle text and image, stride 13, channels left over
-        (13, 71, 33, 10),  # tokens left over as well
-        (5, 7, 3, 1),  # more tokens a window than channels
-        (0, 2, 5000, None),  # more columns than one program takes
-    ],
+@product(
+    "text, image, width, target, with_before, dtype",
+    [pytest.param(*shape, id=name) for name, shape in SHAPES.items()],
+    named({"before": True, "alone": False}),
+    named({name: getattr(torch, name) for name in DTYPES}),
+    kept=in_turn,
 )
 def test_interpreted_equals_plain(text, image, width, target, with_before, dtype):
     after = features(text, image, width, dtype, 0)

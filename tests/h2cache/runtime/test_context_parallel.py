@@ -9,6 +9,7 @@ import math
 import pytest
 import ranks
 import torch
+from thorough import product
 
 from baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
 from h2cache import H2CacheConfig
@@ -62,29 +63,39 @@ def assert_as_one(outcomes: list[ranks.Outcome], alone: ranks.Outcome) -> None:
         torch.testing.assert_close(outcome.latents, alone.latents, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("shared", "tokens"), [(ULYSSES, EVEN), (RING_ANY, ODD)], ids=["ulysses", "ring-anything"])
-@pytest.mark.parametrize("config", METHODS)
+TWO_RANKS = [pytest.param(ULYSSES, EVEN, id="ulysses"), pytest.param(RING_ANY, ODD, id="ring-anything")]
+FOUR_RANKS = [
+    pytest.param(FOUR_IN_A_RING, EVEN, id="ring"),
+    pytest.param(TWO_BY_TWO, EVEN, id="two-by-two"),
+    pytest.param(FOUR_ANY, ODD, id="anything"),
+]
+SOME_METHODS = [method for method in METHODS if method.id in ("h2-pooled", "teacache", "hicache-auto-stage")]
+MODELS = [
+    pytest.param("wan", ULYSSES, id="wan"),
+    pytest.param("wan-ti2v", RING, id="wan-ti2v"),
+    pytest.param("qwen-image", RING_ANY, id="qwen-image"),
+    pytest.param("flux2", ULYSSES_ANY, id="flux2"),
+]
+
+
+@product("config, shared, tokens", METHODS, TWO_RANKS, kept=lambda method, ranks: ranks == "ring-anything")
 def test_two_ranks_decide_as_one_process(config, shared, tokens, two):
     alone = ranks.flux(config, **tokens)
     assert 0 < alone.hits < len(alone.decisions)
     assert_as_one(two(ranks.flux, config, shared, **tokens), alone)
 
 
-@pytest.mark.parametrize(
-    ("shared", "tokens"),
-    [(FOUR_IN_A_RING, EVEN), (TWO_BY_TWO, EVEN), (FOUR_ANY, ODD)],
-    ids=["ring", "two-by-two", "anything"],
+@product(
+    "config, shared, tokens",
+    SOME_METHODS,
+    FOUR_RANKS,
+    kept=lambda *ids: ids in (("h2-pooled", "anything"), ("teacache", "two-by-two"), ("hicache-auto-stage", "ring")),
 )
-@pytest.mark.parametrize("config", [POOLED, TEACACHE, LEARNING], ids=["h2-pooled", "teacache", "hicache-auto"])
 def test_four_ranks_decide_as_one_process(config, shared, tokens, four):
     assert_as_one(four(ranks.flux, config, shared, **tokens), ranks.flux(config, **tokens))
 
 
-@pytest.mark.parametrize("config", [POOLED, TEACACHE, LEARNING], ids=["h2-pooled", "teacache", "hicache-auto"])
-@pytest.mark.parametrize(
-    ("name", "shared"),
-    [("wan", ULYSSES), ("wan-ti2v", RING), ("qwen-image", RING_ANY), ("flux2", ULYSSES_ANY)],
-)
+@product("config, name, shared", SOME_METHODS, MODELS, kept=lambda method, name: method == "h2-pooled" or name == "wan")
 def test_models_that_split_their_tokens_elsewhere(name, shared, config, two):
     """Wan and Qwen-Image split at the first block, FLUX.2 joins the text of a rank to its image."""
     alone = ranks.family(name, config, guided=name == "wan")
