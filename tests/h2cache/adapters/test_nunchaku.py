@@ -15,6 +15,7 @@ from loops import position_ids
 from methods_under_test import KINDS, always_hitting, measures, never_hitting, runs_first_block, warmup_steps
 from nunchakus import REFUSED, STAGED, Subject, batching, nunchaku, subject  # noqa: F401
 from pictures import is_mixed, partial_steps, run_record
+from thorough import named, product
 from torch import Tensor
 from waits import MEASURED_NOTHING, waits_by_step
 
@@ -54,8 +55,12 @@ def guided(subject: Subject, **options: Any) -> Tensor:
     return torch.stack([subject.denoise(before_step=negative, **options), torch.stack(seen).sum(dim=0)])
 
 
-@pytest.mark.parametrize("request_", [{}, {"height": 3, "width": 5}], ids=["plain", "odd"])
-@every_method
+@product(
+    "config, request_",
+    STAGED,
+    named({"plain": {}, "odd": {"height": 3, "width": 5}}),
+    kept=lambda _, size: size == "odd",
+)
 def test_never_hitting_changes_no_bit(config, request_, subject):
     assert_no_bit_changes(subject, config, **request_)
 

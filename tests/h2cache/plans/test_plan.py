@@ -23,6 +23,16 @@ def test_a_plan_is_a_small_file_that_reads_back_equal(tmp_path):
     assert json.loads((tmp_path / "plan.json").read_text())["made_for"]["steps"] == 8
 
 
+def test_a_file_of_another_format_is_refused_by_its_number(tmp_path):
+    """Plans that were kept stay readable: the number changes only with what the fields mean."""
+    PLAN.save(tmp_path / "plan.json")
+    content = json.loads((tmp_path / "plan.json").read_text())
+    assert content["format"] == 1
+    (tmp_path / "plan.json").write_text(json.dumps(content | {"format": 2}))
+    with pytest.raises(ValueError, match="format 2, where 1 is read"):
+        Plan.load(tmp_path / "plan.json")
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 2}', '{"format": 1, "made_for": {"colour": 1}}'])
 def test_a_file_that_is_no_plan_is_named(tmp_path, text):
     (tmp_path / "no.json").write_text(text)
