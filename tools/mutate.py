@@ -268,24 +268,35 @@ def in_order(change: Change, rows: list[dict], seconds: float) -> list[str]:
     """The cases to try, the most telling first, for so many seconds: see the module.
 
     Where no case reaches the statement (it runs on import, or in a process that a test starts) the file's own tests and
-    those that reach another of its statements stand in.
+    those that reach another of its statements stand in. Last come the other cases of the same test files: what a test
+    keeps for the others (a recording, a fixture) is reached by the first of them alone.
     """
     own = f"test_{Path(change.path).stem}.py"
     reaching = [row for row in rows if change.statement in row["lines"].get(change.path, ())]
     reaching = reaching or [row for row in rows if change.path in row["lines"] or own in row["case"]]
-    functions = defaultdict(list)
-    for row in sorted(reaching, key=lambda row: row["seconds"]):
-        functions[row["case"].partition("[")[0]].append(row)
-    width = {name: min(sum(map(len, row["lines"].values())) for row in each) for name, each in functions.items()}
-    best = sorted(functions, key=lambda name: (own not in name, width[name]))
-    order = [row for group in zip_longest(*(functions[each] for each in best)) for row in group if row is not None]
+    cases, files = {row["case"] for row in reaching}, {file_of(row["case"]) for row in reaching}
+    beside = [row for row in rows if file_of(row["case"]) in files and row["case"] not in cases]
     taken, total = [], 0.0
-    for row in order:
+    for row in (*most_telling_first(reaching, own), *most_telling_first(beside, own)):
         total += row["seconds"]
         if total > seconds:
             break
         taken.append(row["case"])
     return taken
+
+
+def most_telling_first(rows: list[dict], own: str) -> list[dict]:
+    """The cheapest case of each function, then the next ones; the file `own` first, then what reaches least."""
+    functions = defaultdict(list)
+    for row in sorted(rows, key=lambda row: row["seconds"]):
+        functions[row["case"].partition("[")[0]].append(row)
+    width = {name: min(sum(map(len, row["lines"].values())) for row in each) for name, each in functions.items()}
+    best = sorted(functions, key=lambda name: (own not in name, width[name]))
+    return [row for turn in zip_longest(*(functions[each] for each in best)) for row in turn if row is not None]
+
+
+def file_of(case: str) -> str:
+    return case.partition("::")[0]
 
 
 def tried(change: Change, rows: list[dict], seconds: float, previous: str | None) -> dict[str, Any]:
@@ -299,7 +310,7 @@ def tried(change: Change, rows: list[dict], seconds: float, previous: str | None
         file.write_text(change.applied(file.read_text(encoding="utf-8")), encoding="utf-8")
         failed = copy / "failed.txt"
         for each in filter(None, rounds):
-            files = sorted({case.partition("::")[0] for case in each})
+            files = sorted(set(map(file_of, each)))
             code = tested(copy, ["-x", "--timeout=60", *files], [Chosen(each, failed)], 60 + 2 * seconds)
             count += len(each)
             if code != pytest.ExitCode.OK:
@@ -313,7 +324,7 @@ def pass_unchanged(results: Iterable[dict], rows: list[dict]) -> bool:
     known = {row["case"] for row in rows}
     cases = sorted({row["by"] for row in results if row.get("by") in known})
     with copied() as copy:
-        files = sorted({case.partition("::")[0] for case in cases})
+        files = sorted(set(map(file_of, cases)))
         plugin = Chosen(cases, copy / "failed.txt")
         return tested(copy, ["-x", "--timeout=60", *files], [plugin], float("inf")) == pytest.ExitCode.OK
 

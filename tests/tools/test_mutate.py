@@ -1,7 +1,6 @@
 """`python -m tools.mutate`: which changes it makes, and in which order it tries the tests on one."""
 
 import ast
-import json
 
 import pytest
 from repository import REPOSITORY
@@ -73,19 +72,21 @@ def test_every_statement_of_a_function_says_that_it_ran():
 
 def test_a_files_own_tests_come_first_then_those_that_reach_least_and_the_cheapest_case_of_each(changes):
     rows = [
-        {"case": "tests/test_all.py::test_all[a]", "seconds": 2, "lines": {"stride.py": [9, 11], "other.py": [1, 2]}},
-        {"case": "tests/test_all.py::test_all[b]", "seconds": 1, "lines": {"stride.py": [9, 11], "other.py": [1, 2]}},
+        {"case": "tests/test_all.py::test_all[a]", "seconds": 2, "lines": {"stride.py": [9, 11], "x.py": [1, 2]}},
+        {"case": "tests/test_all.py::test_all[b]", "seconds": 1, "lines": {"stride.py": [9, 11], "x.py": [1, 2]}},
         {"case": "tests/test_few.py::test_few", "seconds": 9, "lines": {"stride.py": [9, 11]}},
         {
             "case": "tests/test_stride.py::test_own",
             "seconds": 5,
             "lines": {"stride.py": [9, 11], "other.py": [1, 2, 3]},
         },
+        {"case": "tests/test_few.py::test_beside", "seconds": 1, "lines": {}},
+        {"case": "tests/test_far.py::test_far", "seconds": 1, "lines": {"x.py": [1]}},
         {"case": "tests/test_all.py::test_refused", "seconds": 1, "lines": {"stride.py": [9, 10]}},
     ]
-    names = ["test_own", "test_few", "test_all[b]", "test_all[a]"]
+    names = ["test_own", "test_few", "test_all[b]", "test_all[a]", "test_beside", "test_refused"]
     order = [case.partition("::")[2] for case in in_order(changes["return None"], rows, seconds=60)]
     assert order == names
     assert len(in_order(changes["return None"], rows, seconds=15.5)) == 3
-    on_import = in_order(changes["LIMIT: int = 4"], json.loads(json.dumps(rows)), seconds=60)
-    assert len(on_import) == len(rows), "nothing reaches the statement: every case of its file"
+    on_import = in_order(changes["LIMIT: int = 4"], rows, seconds=60)
+    assert {*on_import} == {row["case"] for row in rows} - {"tests/test_far.py::test_far"}, "nothing reaches the line"

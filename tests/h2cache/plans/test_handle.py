@@ -50,6 +50,7 @@ def test_removal_leaves_the_pipeline_as_it_was(pipe):
     scheduler, config, parts = pipe.scheduler, dict(pipe.config), dict(vars(pipe))
     handle = h2cache.apply(pipe, CONFIG)
     assert isinstance(handle, Handle) and isinstance(pipe.scheduler, PlanScheduler)
+    assert handle.held_bytes() == 0, "nothing before the first run"
     assert not torch.equal(picture(pipe, steps=8), plain)
     handle.remove()
     handle.remove()
