@@ -250,7 +250,7 @@ def tested(copy: Path, arguments: list[str], plugins: list[Any], timeout: float)
 
 
 class Chosen:
-    """A pytest plugin that runs these cases, in this order, and keeps the first that failed."""
+    """A pytest plugin that runs these cases, in this order, and writes down which failed."""
 
     def __init__(self, cases: list[str], failed: Path) -> None:
         self.order = {case: index for index, case in enumerate(cases)}
@@ -261,7 +261,8 @@ class Chosen:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
-            self.failed.write_text(report.nodeid)
+            with self.failed.open("a", encoding="utf-8") as file:
+                file.write(report.nodeid + "\n")
 
 
 def in_order(change: Change, rows: list[dict], seconds: float) -> list[str]:
@@ -314,19 +315,24 @@ def tried(change: Change, rows: list[dict], seconds: float, previous: str | None
             code = tested(copy, ["-x", "--timeout=60", *files], [Chosen(each, failed)], 60 + 2 * seconds)
             count += len(each)
             if code != pytest.ExitCode.OK:
-                by = failed.read_text() if failed.exists() else "collection" if code is not None else "timeout"
+                by = (
+                    failed.read_text().splitlines()[0]
+                    if failed.exists()
+                    else "collection"
+                    if code is not None
+                    else "timeout"
+                )
                 return {"result": "killed", "by": by, "seconds": round(time.monotonic() - start, 1)}
     return {"result": "survived", "cases": count, "seconds": round(time.monotonic() - start, 1)}
 
 
-def pass_unchanged(results: Iterable[dict], rows: list[dict]) -> bool:
-    """Whether the cases that killed a change pass without it: else they would prove nothing."""
-    known = {row["case"] for row in rows}
-    cases = sorted({row["by"] for row in results if row.get("by") in known})
+def proving_nothing(results: Iterable[dict]) -> set[str]:
+    """The cases that killed a change and fail without it too, as one that needs another case before it."""
+    cases = sorted({row["by"] for row in results if "::" in row.get("by", "")})
     with copied() as copy:
-        files = sorted(set(map(file_of, cases)))
-        plugin = Chosen(cases, copy / "failed.txt")
-        return tested(copy, ["-x", "--timeout=60", *files], [plugin], float("inf")) == pytest.ExitCode.OK
+        failed = copy / "failed.txt"
+        tested(copy, ["--timeout=60", *sorted(set(map(file_of, cases)))], [Chosen(cases, failed)], float("inf"))
+        return set(failed.read_text().splitlines()) if failed.exists() else set()
 
 
 def read(path: Path | None) -> list[dict]:
@@ -374,18 +380,24 @@ def main() -> None:
                     path.write_text(ast.unparse(ast.fix_missing_locations(tree)), encoding="utf-8")
             tested(copy, arguments, [Reach(options.map.resolve())], float("inf"))
         return
-    rows, done = read(options.map), {row["change"]: row for row in read(options.results)}
+    rows = read(options.map)
     before = {row["change"]: row.get("by") for row in read(options.before)}
-    for change in changes:
-        if str(change) not in done:
-            done[str(change)] = row = {
-                "change": str(change),
-                **tried(change, rows, options.seconds, before.get(str(change))),
-            }
-            with options.results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            print(row["result"], row["change"], row.get("by", ""), f"{row['seconds']} s", flush=True)
-    print("on unchanged code the cases that killed", "pass" if pass_unchanged(done.values(), rows) else "FAIL")
+    while True:
+        done = {row["change"]: row for row in read(options.results)}
+        for change in changes:
+            if str(change) not in done:
+                row = {"change": str(change)} | tried(change, rows, options.seconds, before.get(str(change)))
+                done[str(change)] = row
+                with options.results.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(row["result"], row["change"], row.get("by", ""), f"{row['seconds']} s", flush=True)
+        unfit = proving_nothing(done.values())
+        if not unfit:
+            break
+        print("fail on unchanged code, and are left out:", *sorted(unfit), sep="\n", flush=True)
+        rows = [row for row in rows if row["case"] not in unfit]
+        kept = [row for row in done.values() if row.get("by") not in unfit]
+        options.results.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     survived = [row["change"] for row in done.values() if row["result"] == "survived"]
     print(f"{len(survived)} of {len(done)} survived", *survived, sep="\n")
 

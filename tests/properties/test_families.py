@@ -97,16 +97,16 @@ def test_what_never_hits_gives_the_same_bits(name, method):
 def test_what_hits_computes_less_and_differs(name, method):
     """And when it is removed it leaves no memory, no attribute and no other image behind."""
     family, config, inputs = family_named(name), hitting(name, method), family_named(name).inputs([0], False)
-    before = attributes(name)
+    plain, before = uncached(name), attributes(name)  # in this order: a model's first run may note something on it
     with cached(name, config) as (pipe, handle):
         image = generate(family, pipe, inputs=inputs)
         del inputs
         assert handle.held_bytes() == 0
     assert 0 < skips(handle) < len(handle.trace)
     assert image.isfinite().all()
-    assert not torch.equal(image, uncached(name))
+    assert not torch.equal(image, plain)
     assert attributes(name) == before
-    assert torch.equal(generate(family, family_pipe(name)), uncached(name))
+    assert torch.equal(generate(family, family_pipe(name)), plain)
 
 
 def attributes(name: str) -> list[list[str]]:

@@ -13,6 +13,8 @@ from families.base import Family, family_pipe, generate, random_embeddings
 from families.image import CHANNELS, FAMILIES, TEXT_WIDTH, WIDTH, flux2_transformer
 from torch import Tensor, nn
 
+import h2cache
+from h2cache import H2CacheConfig
 from h2cache.adapters.base import Adapter, BlockModules, ModelCall, Role
 from h2cache.adapters.block_call import BlockCall, parameter_names
 from h2cache.adapters.chroma import ChromaAdapter
@@ -518,6 +520,33 @@ def test_controlnet_adds_between_blocks(name):
     args, kwargs = seen.given[0]
     assert not seen.models[0].adds_between_blocks
     assert ADAPTERS[name]().model_call(transformer, args, kwargs | {CONTROL[name]: [object()]}).adds_between_blocks
+
+
+@pytest.mark.parametrize("name", CONTROL)
+def test_controlnet_samples_count_once_hit_or_miss(name):
+    """Two calls a moment apart, with samples as large as the features: the second skips and returns nearly the same."""
+    transformer, seen = family_pipe(name).transformer, batch(named(name))
+    names, (args, kwargs) = parameter_names(transformer), seen.given[0]
+    given = dict(zip(names, args, strict=False)) | kwargs | {"return_dict": False}
+    features = seen.blocks[0].arguments["x"] if name == "z-image" else seen.blocks[0].streams[0]
+    sample = torch.randn(features.shape, generator=torch.Generator().manual_seed(0)) * features.std()
+    samples = {CONTROL[name]: {0: sample, 1: sample} if name == "z-image" else [sample]}
+    time = "t" if "t" in given else "timestep"
+    later = {time: given[time] + 1e-5 if name == "z-image" else given[time] * (1 - 1e-5)}  # Z-Image's rises from 0
+
+    def call(**more: Any) -> Tensor:
+        with torch.no_grad():
+            output = transformer(**given | more)[0]
+        return torch.stack(output) if isinstance(output, list) else output
+
+    plain, controlled = call(), call(**samples)
+    with h2cache.apply(transformer, H2CacheConfig(tau1=-1.0, tau2=-1.0)):
+        assert torch.equal(call(**samples), controlled)
+    with h2cache.apply(transformer, H2CacheConfig(tau1=9.0, tau2=9.0)) as handle:
+        assert torch.equal(call(**samples), controlled)
+        torch.testing.assert_close(call(**samples | later), controlled, rtol=1e-2, atol=1e-2)
+    assert any(row.decision.skips for row in handle.trace)
+    assert not torch.allclose(plain, controlled, rtol=0.1, atol=0.1)
 
 
 # FLUX.2
