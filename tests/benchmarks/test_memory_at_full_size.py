@@ -45,8 +45,8 @@ def full_size():
         (BlockCacheConfig(), 28 + 50),
         (TeaCacheConfig(), 28 + 50),
         (TaylorSeerConfig(granularity="stage"), 113),
-        (TaylorSeerConfig(first_enhance=2), 4303),
-        (ClusCaConfig(first_enhance=2, interval=1, iterations=1), 4304),
+        pytest.param(TaylorSeerConfig(first_enhance=2), 4303, marks=pytest.mark.thorough),
+        pytest.param(ClusCaConfig(first_enhance=2, interval=1, iterations=1), 4304, marks=pytest.mark.thorough),
     ],
     ids=lambda value: type(value).__name__,
 )

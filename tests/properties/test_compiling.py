@@ -35,10 +35,14 @@ def graphs() -> int:
 
 # Compiling takes seconds. Methods that skip inside blocks compile nothing.
 COMPILED = [
-    pytest.param(method.values[0], when, id=f"{method.id}-{when}")
-    for methods, whens in ((KINDS[:1] + MODULES[-1:], ["before", "after"]), (METHODS[-1:] + EARLY, ["after"]))
+    pytest.param(method.values[0], when, id=f"{method.id}-{when}", marks=marks)
+    for methods, when, marks in (
+        (KINDS[:1] + METHODS[-1:] + EARLY, "after", ()),
+        (MODULES[-1:], "before", ()),
+        (KINDS[:1], "before", pytest.mark.thorough),
+        (MODULES[-1:], "after", pytest.mark.thorough),
+    )
     for method in methods
-    for when in whens
 ]
 
 

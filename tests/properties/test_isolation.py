@@ -12,11 +12,13 @@ from methods_under_test import (
     EARLY,
     METHODS,
     MODULES,
+    SOME_KINDS,
     measures,
     some_kinds,
     warmup_steps,
 )
 from pictures import alone, is_mixed, own_pipeline, picture
+from thorough import named, product
 from waits import hide_timesteps
 
 import h2cache
@@ -97,7 +99,7 @@ DISTURBANCES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("disturb", DISTURBANCES.values(), ids=DISTURBANCES)
 @pytest.mark.parametrize("config", METHODS[:1] + EARLY + MODULES[-1:])
 def test_next_picture_is_as_if_alone(config, disturb, tiny_pipe):
-    """Each disturbance by itself; every method meets them all below."""
+    """Each disturbance by itself; every method meets one of each sort below, in one session."""
     expected = alone(tiny_pipe, config)
     with h2cache.apply(tiny_pipe, config) as handle:
         kept = disturb(tiny_pipe)  # an exception that is kept keeps the frames of its run, and all that was theirs
@@ -108,13 +110,26 @@ def test_next_picture_is_as_if_alone(config, disturb, tiny_pipe):
         assert torch.equal(picture(tiny_pipe), expected)
 
 
-@every_method
-def test_a_whole_session(config, tiny_pipe):
-    """Every kind of disturbance, one after another in one session, and the same picture in between."""
+# One of each sort; the others go another way through the engine for few methods.
+OF_EACH_SORT = [
+    *("error-between-steps", "ctrl-c-in-last-block", "error-in-attention", "asked-to-stop", "other-prompt"),
+    *("transposed-resolution", "other-batch", "fewer-steps", "other-guidance", "true-cfg", "image-to-image"),
+]
+SESSIONS = {"of-each-sort": OF_EACH_SORT, "of-all": list(DISTURBANCES)}
+
+
+@product(
+    "config, names",
+    METHODS,
+    named(SESSIONS),
+    kept=lambda method, session: (session == "of-all") == (method in SOME_KINDS),
+)
+def test_a_whole_session(config, names, tiny_pipe):
+    """Disturbances of every kind, one after another in one session, and the same picture in between."""
     expected = alone(tiny_pipe, config)
     kept = []
     with h2cache.apply(tiny_pipe, config) as handle:
-        for name, disturb in DISTURBANCES.items():
+        for name, disturb in ((name, DISTURBANCES[name]) for name in names):
             kept.append(disturb(tiny_pipe))
             handle.trace.clear()
             assert torch.equal(picture(tiny_pipe), expected), name

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from loops import denoise, denoising
-from methods_under_test import METHODS, measures
+from methods_under_test import METHODS, SCHEDULED, measures
 from pictures import is_mixed, own_pipeline, picture
+from thorough import named, product
 from tiny import tiny_transformer
 from torch import nn
 from waits import hide_timesteps
@@ -266,20 +267,24 @@ def test_removal_and_reset_free_a_run_in_progress(config, transformer):
         handle.remove()
 
 
-@pytest.fixture(params=["cpu-timestep", "device-timestep"])
-def where_timesteps_live(request, monkeypatch):
-    if request.param == "device-timestep":
-        hide_timesteps(monkeypatch)
-    return request.param
+# On the device nobody reads the timesteps of a schedule.
+IN_SCHEDULED = {method.id for method in SCHEDULED}
 
 
-@every_method
-def test_thirty_runs_do_not_grow(config, transformer, where_timesteps_live):
+@product(
+    "config, on_device",
+    METHODS,
+    named({"cpu-timestep": False, "device-timestep": True}),
+    kept=lambda method, place: (place == "device-timestep") == (method in IN_SCHEDULED),
+)
+def test_thirty_runs_do_not_grow(config, on_device, transformer, monkeypatch):
     """Runs that end and runs that fail after their warm-up; tensors are counted, not estimated.
 
     Where a schedule is given its timesteps on an accelerator, nobody reads them. They stay there, one number a step, as
     long as the record does."""
-    unread = where_timesteps_live == "device-timestep" and not measures(config)
+    if on_device:
+        hide_timesteps(monkeypatch)
+    unread = on_device and not measures(config)
 
     def session(runs: int) -> None:
         for number in range(runs):
