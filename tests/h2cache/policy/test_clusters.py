@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from waits import ScalarReads, Waits
 
-from h2cache.policy.clusters import ClusterMemory, Clusters, kmeans, members, propagate
+from h2cache.policy.clusters import ClusterMemory, Clusters, _shuffled, kmeans, members, propagate
 from h2cache.policy.forecasts import Features
 
 IMAGE, TEXT, WIDTH = 24, 9, 7
@@ -308,6 +308,13 @@ class Largest(TorchDispatchMode):
         if isinstance(output, torch.Tensor):
             self.numel = max(self.numel, output.numel())
         return output
+
+
+def test_a_random_order_is_four_bytes_a_token():
+    """It is copied to the device, and only small copies do not wait."""
+    order = _shuffled(4608, torch.Generator().manual_seed(0))
+    assert order.nbytes == 4 * 4608 and order.device.type == "cpu"
+    assert order.sort().values.tolist() == list(range(4608))
 
 
 def test_at_the_size_of_flux_nothing_is_larger_than_the_tokens():
