@@ -9,7 +9,7 @@ from .handle import Handle, apply
 from .plans import Plan, PlanConfig, calibrate
 from .policy.rules import Decision
 from .trace import Trace
-from .tuning import Psnr, Speedup, Trial, Tuned, Unreachable, tune
+from .tuning import Psnr, Speedup, Trial, Tuned, Unreachable, WallSpeedup, tune
 
 if TYPE_CHECKING:
     from .plans.scheduler import PlanScheduler
@@ -28,6 +28,7 @@ __all__ = [
     "Trial",
     "Tuned",
     "Unreachable",
+    "WallSpeedup",
     "apply",
     "calibrate",
     "register_adapter",

@@ -13,6 +13,7 @@ from .search import Search, Steps
 from .simulate import Simulation
 from .trajectories import record
 
+PARTS = {"uncached": 1, "converged": 8}  # of each step, in the runs that a plan is fitted to
 FIT = "least distances"  # what scores in a checkpoint depend on beside what is asked
 
 
@@ -22,6 +23,7 @@ def calibrate(
     budget: float,
     steps: int,
     *,
+    reference: str = "uncached",
     seed: int = 0,
     history: int = 3,
     ridge: float = 1e-4,
@@ -38,6 +40,8 @@ def calibrate(
     Args:
         prompts: to calibrate on; do not measure on them afterwards.
         steps: of a run. `call_arguments` are the pipeline's others, height and width among them.
+        reference: what images are to be near to: "uncached", those of a run of `steps` steps, or "converged", those of
+            eight times as many, which all solvers approach.
         seed: of the search; prompt i has the noise of seed + i.
         history, ridge: of the forecasts' weights.
         annealing, climbing: how many schedules are tried, at most, after up to 24 smooth ones to begin with; these and
@@ -52,11 +56,14 @@ def calibrate(
     count = _count(budget, steps)
     _check(0, annealing=annealing, climbing=climbing)
     _check(1, prompts=len(prompts), history=history, annealing_prompts=annealing_prompts, batch_size=batch_size)
+    if reference not in PARTS:
+        raise ValueError(f"h2cache.calibrate got reference = {reference!r}: must be one of {', '.join(PARTS)}")
     asked = dict(
         prompts=list(prompts), count=count, steps=steps, seed=seed, history=history, ridge=ridge, **call_arguments
     )
+    asked |= {} if PARTS[reference] == 1 else {"reference": reference}
     few = min(annealing_prompts, len(prompts), batch_size)
-    trajectories = record(pipe, prompts, steps, seed, batch_size, **call_arguments)
+    trajectories = record(pipe, prompts, steps, seed, batch_size, parts=PARTS[reference], **call_arguments)
     store = Store.open(checkpoint, {**asked, "model": trajectories.conditions.model, "few": few, "fit": FIT})
     progress = Progress(on_progress)
     quick = Simulation(trajectories.first(few), history, ridge)
@@ -71,6 +78,7 @@ def calibrate(
     end = whole.run(schedule)
     notes = {
         "budget": budget,
+        "reference": reference,
         "prompts": len(prompts),
         "seed": seed,
         "psnr": round(trajectories.decibels(end.latents).mean().item(), 2),

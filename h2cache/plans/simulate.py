@@ -26,10 +26,8 @@ class Simulation:
     error that was made before.
     """
 
-    def __init__(self, trajectories: Trajectories, history: int, ridge: float, weighs_computed: bool = False):
-        """`weighs_computed`: fit weights at computed steps as well, for a reference that is no run of these steps."""
+    def __init__(self, trajectories: Trajectories, history: int, ridge: float):
         self.trajectories = trajectories
-        self.weighs_computed = weighs_computed
         self.history = history
         self.ridge = ridge
         self._computed: tuple[int, ...] = ()
@@ -52,13 +50,13 @@ class Simulation:
 
     def _step(self, state: State, step: int, computes: bool) -> State:
         runs = self.trajectories
-        history, weights = state.history, state.weights
         if computes:
-            history = (runs.compute(step, state.latents), *history)[: self.history]
-        output = history[0]
-        if not computes or (self.weighs_computed and len(history) > 1):
+            output, weights = runs.compute(step, state.latents), state.weights
+            history = (output, *state.history)[: self.history]
+        else:
+            history = state.history
             fitted = fit_weights(history, runs.needed(step, state.latents), self.ridge)
-            output, weights = combine(fitted, history), {**weights, step: fitted}
+            output, weights = combine(fitted, history), {**state.weights, step: fitted}
         return State(runs.advance(step, state.latents, output), history, weights)
 
     def score(self, computed: tuple[int, ...]) -> float:

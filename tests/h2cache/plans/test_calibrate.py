@@ -48,6 +48,29 @@ def test_its_plan_is_followed_in_the_pipeline_as_it_was_simulated(tiny_pipe):
     assert plan.notes["psnr"] == pytest.approx(runs.decibels(drawn).mean().item(), abs=0.05)
 
 
+def test_towards_the_converged_solution_it_is_nearer_to_that(tiny_pipe):
+    """Where eight times as many steps lead; the other plan is nearer to the run of these steps."""
+    plans = {name: calibrated(tiny_pipe, reference=name) for name in ("uncached", "converged")}
+    assert plans["converged"].notes["reference"] == "converged"
+    ends = {}
+    for name, parts in (("uncached", 1), ("converged", 8)):
+        runs = record(tiny_pipe, PROMPTS, STEPS, seed=0, batch_size=3, parts=parts, **CALL)
+        ends[name] = runs.latents[-1]
+    noise = {name: [torch.Generator().manual_seed(seed) for seed in range(3)] for name in plans}
+
+    def distance(plan: str, target: str) -> float:
+        with h2cache.apply(tiny_pipe, PlanConfig(plans[plan])):
+            made = tiny_pipe(
+                PROMPTS, generator=noise[plan], num_inference_steps=STEPS, output_type="latent", **CALL
+            ).images
+        noise[plan] = [torch.Generator().manual_seed(seed) for seed in range(3)]
+        return (made - ends[target]).norm().item()
+
+    assert distance("converged", "converged") < distance("uncached", "converged")
+    assert distance("uncached", "uncached") < distance("converged", "uncached")
+    assert not torch.equal(ends["uncached"], ends["converged"])
+
+
 def test_the_same_seed_gives_the_same_plan(tiny_pipe):
     plans = {calibrated(tiny_pipe, seed=seed) for seed in (0, 0, 1)}
     assert len(plans) == 2
@@ -96,6 +119,7 @@ def test_the_pipeline_is_left_as_it_was(tiny_pipe):
         (dict(history=0), "history"),
         (dict(annealing=-1), "annealing"),
         (dict(batch_size=0), "batch_size"),
+        (dict(reference="truth"), "uncached, converged"),
         (dict(annealing_prompts=0), "annealing_prompts"),
         (dict(negative_prompt="grey", true_cfg_scale=2.0), "one a step"),
     ],
