@@ -256,8 +256,8 @@ OTHERS = {
     ),
     "diffusers-hooks": Other(put_on_registry, take_off_registry),
     "lora": Other(put_on_lora, take_off_lora),
-    "compile": Other(put_on_compile, take_off_compile),
 }
+COMPILE = Other(put_on_compile, take_off_compile)
 
 ORDERS = {
     "other-apply-remove-other": ["put_on", "apply", "remove", "take_off"],
@@ -282,12 +282,10 @@ BETWEEN = {"runs-between": True, "no-runs-between": False}
 
 def of_removal(method: str, other: str, order: str, between: str) -> bool:
     """Every other in every order, with runs between or without, for the method that wears the most; every other for the
-    first method, and one for each other kind. Compiling takes seconds and is never taken off: one method, two orders.
+    first method, and one for each other kind.
     """
     others, orders = list(OTHERS), list(ORDERS)
     turn = (others.index(other) + orders.index(order)) % 2 == list(BETWEEN).index(between)
-    if other == "compile":
-        return method == KINDS[0].id and order.endswith("remove-other") and between == "runs-between"
     if method == WEARS_MOST.id:
         return turn
     number = [kind.id for kind in KINDS].index(method)
@@ -314,3 +312,14 @@ def test_removal_in_any_order(config, other, order, runs_between):
             assert torch.equal(denoise(cached, steps=2), denoise(plain, steps=2)), event
     assert torch.equal(denoise(cached, steps=2), denoise(plain, steps=2))
     assert anatomy(cached) == anatomy(plain)
+
+
+@product(
+    "order, runs_between",
+    named({name: order for name, order in ORDERS.items() if name.endswith("remove-other")}),
+    named(BETWEEN),
+    kept=lambda order, between: between == "runs-between",
+)
+def test_removal_from_compiled_blocks(order, runs_between):
+    """Compiling takes seconds and is never taken off: one method, two orders."""
+    test_removal_in_any_order(KINDS[0].values[0], COMPILE, order, runs_between)
