@@ -221,7 +221,7 @@ def _experiment(
     left_out: dict[str, str] = {}
     for family, entry in (fields["settings"] or {}).items():
         try:
-            settings += _settings(f"{name}, setting {family}", family, entry, method)
+            settings += _settings(f"{name}, setting {family}", family, entry, method, labelled=fields["match"] is None)
         except NotInstalled as error:
             left_out[family] = str(error)
     return Experiment(
@@ -274,16 +274,19 @@ class _Variant:
         return ", ".join([family, *varied]) + label
 
 
-def _settings(place: str, family: str, entry: Any, method: Callable[[str], DictConfig]) -> list[Setting]:
+def _settings(
+    place: str, family: str, entry: Any, method: Callable[[str], DictConfig], labelled: bool
+) -> list[Setting]:
     """The settings of one entry: a method with fields, or a list of such; a field's list is an axis. None: no setting,
-    for a method that a model cannot have."""
+    for a method that a model cannot have. What is tuned is not `labelled`: it is not the setting as it is written."""
     if entry is None:
         return []
     variants: list[_Variant] = []
     for each in entry if isinstance(entry, list) else [entry]:
         if not isinstance(each, Mapping) or "method" not in each:
             raise UserError(f"{place}: {each!r} is not allowed: write a method with its fields, as {{method: h2cache}}")
-        fields = {field: value for field, value in each.items() if field != "method"}
+        left_out = ("method",) if labelled else ("method", LABEL)
+        fields = {field: value for field, value in each.items() if field not in left_out}
         variants += _variants(place, method(str(each["method"])), fields)
     if {variant.is_baseline for variant in variants} != {family == BASELINE}:
         raise UserError(
