@@ -13,7 +13,8 @@ from .search import Search, Steps
 from .simulate import Simulation
 from .trajectories import record
 
-PARTS = {"uncached": 1, "converged": 8}  # of each step, in the runs that a plan is fitted to
+REFERENCES = ("uncached", "converged")
+PARTS = 8  # of each step, in runs to the converged solution
 FIT = "least distances"  # what scores in a checkpoint depend on beside what is asked
 
 
@@ -56,14 +57,15 @@ def calibrate(
     count = _count(budget, steps)
     _check(0, annealing=annealing, climbing=climbing)
     _check(1, prompts=len(prompts), history=history, annealing_prompts=annealing_prompts, batch_size=batch_size)
-    if reference not in PARTS:
-        raise ValueError(f"h2cache.calibrate got reference = {reference!r}: must be one of {', '.join(PARTS)}")
+    if reference not in REFERENCES:
+        raise ValueError(f"h2cache.calibrate got reference = {reference!r}: must be one of {', '.join(REFERENCES)}")
     asked = dict(
         prompts=list(prompts), count=count, steps=steps, seed=seed, history=history, ridge=ridge, **call_arguments
     )
-    asked |= {} if PARTS[reference] == 1 else {"reference": reference}
+    asked |= {"reference": reference} if reference == "converged" else {}
+    parts = PARTS if reference == "converged" else 1
     few = min(annealing_prompts, len(prompts), batch_size)
-    trajectories = record(pipe, prompts, steps, seed, batch_size, parts=PARTS[reference], **call_arguments)
+    trajectories = record(pipe, prompts, steps, seed, batch_size, parts=parts, **call_arguments)
     store = Store.open(checkpoint, {**asked, "model": trajectories.conditions.model, "few": few, "fit": FIT})
     progress = Progress(on_progress)
     quick = Simulation(trajectories.first(few), history, ridge)
