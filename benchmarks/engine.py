@@ -25,13 +25,14 @@ import h2cache
 from baselines import BlockCacheConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
 from benchmarks import subjects
 from benchmarks.clock import Timed, interleaved, seconds
-from benchmarks.subjects import ROOT, Loop, Subject
+from benchmarks.subjects import Loop, Subject
+from eval.files import REPOSITORY
 from h2cache import CacheConfig, H2CacheConfig
 from h2cache.adapters import adapter_of
 from h2cache.policy.forecasts import extrapolate
 from h2cache.policy.pfs import observe
 
-RESULTS = ROOT / "benchmarks/results/engine.md"
+RESULTS = REPOSITORY / "benchmarks/results/engine.md"
 NEVER, ALWAYS = -1.0, float("inf")
 POLYNOMIAL = (1.0, 0.0)  # of TeaCache; which one it is costs nothing
 
