@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import importlib.util
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ OURS = "h2cache"
 
 
 @dataclass(frozen=True)
-class PeerCache:
+class PeerCache(ABC):
     """A cache of another library: the name of its configuration's class there, and that configuration's fields.
 
     Class attributes:
@@ -44,9 +45,9 @@ class PeerCache:
         """What an image depends on, for records."""
         return {"method": f"{self.backend}.{self.cache}", "fields": dict(self.options)}
 
+    @abstractmethod
     def attached(self, pipe: DiffusionPipeline) -> AbstractContextManager[None]:
         """The cache on the pipeline, inside the block."""
-        raise NotImplementedError
 
 
 class DiffusersCache(PeerCache):

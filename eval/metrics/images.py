@@ -9,10 +9,14 @@ from skimage.metrics import structural_similarity
 from eval.metrics.metric import Metric
 
 
-def psnr(image: Image.Image, reference: Image.Image) -> float:
-    """Peak signal-to-noise ratio of two RGB images in dB; infinite when they are identical, higher is closer."""
+def psnr(image: Image.Image, reference: Image.Image, mask: np.ndarray | None = None) -> float:
+    """Peak signal-to-noise ratio of two RGB images in dB; infinite when they are identical, higher is closer.
+
+    Over the pixels in `mask`, (H, W) booleans; None: over all.
+    """
     a, b = _pixels(image, reference)
-    squared_error = np.mean((a - b) ** 2)
+    errors = (a - b) ** 2
+    squared_error = np.mean(errors if mask is None else errors[mask])
     return math.inf if squared_error == 0 else float(10 * np.log10(255**2 / squared_error))
 
 

@@ -19,6 +19,8 @@ import torch
 from diffusers import AutoencoderKL, FluxPipeline
 from PIL import Image, ImageDraw
 
+from eval.metrics.images import psnr
+
 from . import reader
 from .attributes import Attributes, look, told
 from .scenes import SIZE, WORDS, Scene, draw, letter_boxes
@@ -70,13 +72,6 @@ def letter_mask(scene: Scene) -> np.ndarray:
         corners = ((-x, -y), (x, -y), (x, y), (-x, y))
         pen.polygon([(letter.x + a * c - b * n, letter.y + a * n + b * c) for a, b in corners], fill=1)
     return np.asarray(mask)
-
-
-def psnr(image: Image.Image, reference: Image.Image, mask: np.ndarray | None = None) -> float:
-    """dB, peak 255, over the pixels in `mask` (H, W), or over all; infinite where nothing differs."""
-    error = np.square(np.asarray(image, np.float64) - np.asarray(reference, np.float64))
-    mean = (error if mask is None else error[mask]).mean()
-    return math.inf if mean == 0 else 10 * math.log10(255**2 / mean)
 
 
 def own_errors(network: reader.Reader, scenes: Sequence[Scene], images: Sequence[Image.Image]) -> dict:

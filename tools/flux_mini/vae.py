@@ -100,7 +100,7 @@ def validation_pixels(seed: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def psnr(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[float, float]:
+def reconstruction_quality(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[float, float]:
     """Mean PSNR (dB, peak 2) over whole images and over the central band that holds most letters."""
     reconstruction = vae.decode(vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
     error = (reconstruction - pixels).square()
@@ -128,7 +128,7 @@ def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int, d
         (l1 + EDGE_WEIGHT * edge + KL_WEIGHT * kl).backward()
         advance(optims, vae.parameters())
         if (step + 1) % 200 == 0 or step + 1 == steps:
-            whole, letters = psnr(vae, validation)
+            whole, letters = reconstruction_quality(vae, validation)
             log.write(step + 1, l1=l1.item(), edge=edge.item(), kl=kl.item(), psnr=whole, psnr_letters=letters)
             save(checkpoint, step + 1, model=vae, optimizers=optims)
 
