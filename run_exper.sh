@@ -19,7 +19,7 @@ Environment:
   LAUNCHER      local (default) or ray: on every GPU of a Ray cluster
   PYTHON        what makes .venv (default: python3)
 
-Any FIELD=VALUE goes to `python -m eval`: prompts=cute80, model.path=FOLDER, experiments.frontier.limit=8, ...
+Any FIELD=VALUE goes to `python -m eval`: launcher.workers=8 (processes that draw on a CPU), prompts=cute80, model.path=FOLDER, experiments.frontier.limit=8, ...
 
 Exit code: 0; 1 if some images could not be drawn (the same command tries them again); 2 if something has to be put right
 first; 130 after Ctrl-C.

@@ -6,8 +6,9 @@ medians of calls that take turns in one process:
 
 - a method that never hits, against the untouched transformer;
 - a step at which everything hits, against the work that is left: a transformer of the first blocks that the
-  method runs, with the model's own embedders and head, and for TeaCache the norm that it watches. It makes its rotary
-  table at every step, as the model does; a cache makes Flux's once a run, so that it can be faster than this;
+  method runs, with the model's own embedders and head, adding each stage's residual, and for TeaCache the norm that it
+  watches. It makes its rotary table at every step, as the model does; a cache makes Flux's once a run, so that it can
+  be faster than this;
 - diffusers' own first-block cache, measured in the same two ways;
 - one decision and one forecast by themselves, against a step and against what the memory's bandwidth allows.
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import torch
 from diffusers import FirstBlockCacheConfig
+from torch import Tensor
 
 import h2cache
 from baselines import BlockCacheConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
@@ -90,27 +92,34 @@ def all_hit(subject: Subject) -> Iterator[tuple[str, str, float, float]]:
         "HiCache, stages": (HiCacheConfig(interval=10**9, granularity="stage"), (0, 0)),
     }
     for name, (config, blocks) in methods.items():
-        least = mandatory(subject, blocks, with_norm=name == "TeaCache")
+        residuals = len(config.compose())
+        least = mandatory(subject, blocks, residuals, with_norm=name == "TeaCache")
         skipping = Loop(subject, subject.copy())
         with h2cache.apply(skipping.transformer, config) as handle:
             base, measured = interleaved([least, skipping.step], subject.repeats)
             decisions = handle.trace.to_pandas().decision.tail(subject.repeats)
         if not decisions.isin(["hit", "forced"]).all():
             raise RuntimeError("a step that was timed as a hit was computed")
-        yield f"{name}, all hits", described(blocks, name == "TeaCache"), base, measured
-    base, measured = interleaved([mandatory(subject, (1, 0)), hooked(subject, ALWAYS)], subject.repeats)
-    yield "diffusers' FirstBlockCache, all hits", described((1, 0)), base, measured
+        yield f"{name}, all hits", described(blocks, residuals, name == "TeaCache"), base, measured
+    base, measured = interleaved([mandatory(subject, (1, 0), 1), hooked(subject, ALWAYS)], subject.repeats)
+    yield "diffusers' FirstBlockCache, all hits", described((1, 0), 1), base, measured
 
 
-def mandatory(subject: Subject, blocks: tuple[int, int], with_norm: bool = False) -> Timed:
-    """The work that a method cannot avoid: embedders, head, its first blocks, the norm that it watches.
+def mandatory(subject: Subject, blocks: tuple[int, int], residuals: int, with_norm: bool = False) -> Timed:
+    """The work that a method cannot avoid: embedders, head, its first blocks, its residuals, the norm that it watches.
 
     `blocks` are those of structure and of detail; a lone list has both.
     """
     transformer = subject.copy(blocks if len(subject.depths) == 2 else (sum(blocks),))
     loop = Loop(subject, transformer)
+    streams = residual_streams(subject)
+    forecast = partial(extrapolate, [streams], [1.0], base=streams)
+
+    def step() -> float:
+        return loop.step() + sum(seconds(forecast, subject.device) for _ in range(residuals))
+
     if not with_norm:
-        return loop.step
+        return step
     adapter = adapter_of(subject.transformer)
     role, first = next((role, blocks[0]) for role, blocks in adapter.blocks(subject.transformer).items())
     arguments = {}
@@ -121,32 +130,33 @@ def mandatory(subject: Subject, blocks: tuple[int, int], with_norm: bool = False
     hook = first.register_forward_pre_hook(note, with_kwargs=True)
     Loop(subject).step()
     hook.remove()
-    return lambda: loop.step() + seconds(lambda: adapter.modulated(first, arguments), subject.device)
+    return lambda: step() + seconds(lambda: adapter.modulated(first, arguments), subject.device)
 
 
-def described(blocks: tuple[int, int], with_norm: bool = False) -> str:
+def described(blocks: tuple[int, int], residuals: int, with_norm: bool = False) -> str:
     parts = [f"first {sum(blocks)} block(s)"] * (sum(blocks) > 0) + ["first norm"] * with_norm
-    return ", ".join([*parts, "embedders and head"])
+    return ", ".join([*parts, f"{residuals} residual(s)", "embedders and head"])
+
+
+def residual_streams(subject: Subject) -> tuple[Tensor, ...]:
+    """Random (1, tokens, D) of the image or video, and of the text where it is a stream."""
+    width = subject.transformer.config.num_attention_heads * subject.transformer.config.attention_head_dim
+    return tuple(
+        torch.randn(1, tokens, width, device=subject.device, dtype=subject.transformer.dtype)
+        for tokens in subject.tokens
+        if tokens
+    )
 
 
 def parts(subject: Subject) -> Iterator[tuple[str, float, float]]:
     """(what, seconds, seconds that reading and writing its tensors once would take at the measured bandwidth)."""
-    width = subject.transformer.config.num_attention_heads * subject.transformer.config.attention_head_dim
-    image, text = (
-        torch.randn(1, tokens, width, device=subject.device, dtype=subject.transformer.dtype)
-        for tokens in subject.tokens
-    )
+    streams = residual_streams(subject)
     rate = bandwidth(subject.device)
-    size = (image.numel() + text.numel()) * image.element_size()
-    joint = sum(subject.tokens)
+    image_size, size = (sum(part.numel() * part.element_size() for part in parts) for parts in (streams[:1], streams))
     cases = {
-        "decision, not pooled (Block Cache)": ((image,), None, 2 * image.numel() * image.element_size()),
-        "decision, pooled by 2 (structure)": (
-            (image,),
-            subject.tokens[0] // 2,
-            2 * image.numel() * image.element_size(),
-        ),
-        "decision, pooled by 12 (detail)": ((text, image), joint // 12, 2 * size),
+        "decision, not pooled (Block Cache)": (streams[:1], None, 2 * image_size),
+        "decision, pooled by 2 (structure)": (streams[:1], subject.tokens[0] // 2, 2 * image_size),
+        "decision, pooled by 12 (detail)": (streams[::-1], sum(subject.tokens) // 12, 2 * size),
     }
     for name, (after, target, features) in cases.items():
         before = [part * 0.9 for part in after]
@@ -157,8 +167,8 @@ def parts(subject: Subject) -> Iterator[tuple[str, float, float]]:
 
         (measured,) = interleaved([lambda decide=decide: seconds(decide, subject.device)], 10 * subject.repeats)
         yield name, measured, (features + 2 * reference.numel() * 4) / rate
-    terms = [(image * 0.1, text * 0.1), (image * 0.01, text * 0.01)]
-    forecast = partial(extrapolate, terms, [1.0, 0.5], base=(image, text))
+    terms = [tuple(part * scale for part in streams) for scale in (0.1, 0.01)]
+    forecast = partial(extrapolate, terms, [1.0, 0.5], base=streams)
     (measured,) = interleaved([lambda: seconds(forecast, subject.device)], 10 * subject.repeats)
     yield "forecast of one stage, order 1", measured, 4 * size / rate
 

@@ -1,10 +1,14 @@
-"""Where images are drawn: in this process, or by one worker for each GPU of a Ray cluster."""
+"""Where images are drawn: in this process, in several on the cores of a CPU, or on every GPU of a Ray cluster."""
 
+import multiprocessing
 import os
+import signal
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -13,24 +17,28 @@ from eval.errors import UserError, check_count
 from eval.files import REPOSITORY
 from eval.generation.records import Cell, Drawn
 from eval.generation.sweep import Batch, Failure, Painter, Watcher
-from eval.models.pipelines import ModelConfig
+from eval.models.pipelines import ModelConfig, resolve_device
 
 ATTEMPTS = 3  # at a cell whose worker dies, before it counts as failed
+DIED_LOADING = "a worker died while it loaded the model: is there memory for all of them?"
 
 
 @dataclass(frozen=True)
 class LocalLauncher:
-    """One pipeline, here.
+    """One pipeline in this process, or on a CPU several in processes of their own, which take a prompt each.
 
     Fields:
         threads: that torch computes with on the CPU; None leaves it its own choice. On cores that others use as well,
             several that wait for each other are slower than one.
+        workers: processes that draw on a CPU, each with a pipeline of its own. A GPU has one.
     """
 
     threads: int | None = 1
+    workers: int = 1
 
     def __post_init__(self) -> None:
         check_count("launcher.threads", self.threads, optional=True)
+        check_count("launcher.workers", self.workers)
 
     def prepare(self) -> None:
         if self.threads is not None:
@@ -39,6 +47,10 @@ class LocalLauncher:
     def draw(
         self, model: ModelConfig, batches: Sequence[Batch], watcher: Watcher, on_machine: Callable[[str], None]
     ) -> Iterator[tuple[Cell, Drawn | Failure]]:
+        workers = min(self.workers, len(batches)) if resolve_device(model).type == "cpu" else 1
+        if workers > 1:
+            yield from _Processes(model, self.threads, on_machine).draw(batches, workers)
+            return
         self.prepare()
         painter = Painter(model)
         on_machine(painter.machine)
@@ -46,6 +58,87 @@ class LocalLauncher:
             for cell in batch:
                 watcher.begins(cell)
                 yield cell, painter.draw(cell, watcher.steps)
+
+
+class _Processes:
+    """Processes with a pipeline each, and the cells that each has yet to draw, the one in work first.
+
+    Each ends by itself when this process is gone: there is nobody left to talk to.
+    """
+
+    def __init__(self, model: ModelConfig, threads: int | None, on_machine: Callable[[str], None]):
+        self._arguments = model, threads
+        self._on_machine = on_machine
+        self._context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+        self._deaths: Counter[Cell] = Counter()
+        self._started: list[BaseProcess] = []
+        self._cells: dict[Connection, deque[Cell]] = {}
+
+    def draw(self, batches: Sequence[Batch], workers: int) -> Iterator[tuple[Cell, Drawn | Failure]]:
+        waiting = deque(batches)
+        try:
+            for worker in [self._start() for _ in range(workers)]:
+                self._cells[worker] = deque()
+            while self._cells:
+                for worker in wait(list(self._cells)):
+                    yield from self._heard(worker, waiting)
+        finally:
+            for process in self._started:
+                process.terminate()
+                process.join()
+
+    def _start(self) -> Connection:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_work, args=(*self._arguments, theirs), daemon=True)
+        process.start()
+        self._started.append(process)
+        theirs.close()
+        return ours
+
+    def _heard(self, worker: Connection, waiting: deque[Batch]) -> Iterator[tuple[Cell, Drawn | Failure]]:
+        """Hand out what a worker has drawn, and give it the next cell."""
+        cells = self._cells[worker]
+        try:
+            said = worker.recv()
+        except (EOFError, ConnectionError):
+            del self._cells[worker]
+            if not cells:
+                raise UserError(DIED_LOADING) from None
+            yield from _buried(cells, self._deaths)
+            if cells:
+                waiting.appendleft(tuple(cells))
+            if waiting:
+                self._cells[self._start()] = deque()
+            return
+        if isinstance(said, UserError):
+            raise said
+        if isinstance(said, str):
+            self._on_machine(said)
+        else:
+            yield cells.popleft(), said
+        while waiting and not cells:
+            cells.extend(waiting.popleft())
+        if cells:
+            with suppress(ConnectionError):  # it died just now: the next thing heard from it is its end
+                worker.send(cells[0])
+        else:
+            del self._cells[worker]
+            worker.close()
+
+
+def _work(model: ModelConfig, threads: int | None, parent: Connection) -> None:
+    """A process that says its machine's name, or why it has none, and draws each cell that it is sent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    with suppress(EOFError, ConnectionError):  # the parent is gone, or needs nothing more
+        try:
+            LocalLauncher(threads).prepare()
+            painter = Painter(model)
+        except UserError as error:
+            parent.send(error)
+            return
+        parent.send(painter.machine)
+        while True:
+            parent.send(painter.draw(parent.recv()))
 
 
 @dataclass(frozen=True)
@@ -160,7 +253,7 @@ class _Pool:
                     self._give(worker, waiting.popleft())
             except self._ray.exceptions.RayActorError:
                 del self._running[stream]
-                yield from self._bury(cells)
+                yield from _buried(cells, self._deaths)
                 if cells or waiting:
                     (worker,) = self._started(1)
                     self._give(worker, cells or waiting.popleft())
@@ -171,15 +264,6 @@ class _Pool:
         stream = worker.draw.options(num_returns="streaming").remote(tuple(cells))
         self._running[stream] = worker, deque(cells)
 
-    def _bury(self, cells: deque[Cell]) -> Iterator[tuple[Cell, Failure]]:
-        """Hand out the cell that a worker died of, if it is not the first."""
-        if not cells:
-            return
-        self._deaths[cells[0]] += 1
-        if self._deaths[cells[0]] >= ATTEMPTS:
-            reason = f"its worker died, {ATTEMPTS} times"
-            yield cells.popleft(), Failure(reason, reason)
-
     def _started(self, count: int) -> list[Any]:
         """Workers that have loaded the model, side by side. UserError if they cannot."""
         workers = [self._actor.remote() for _ in range(count)]
@@ -188,7 +272,17 @@ class _Pool:
         except self._ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, UserError) else error) from None
         except self._ray.exceptions.RayActorError as error:
-            raise UserError("a worker died while it loaded the model: is there memory for all of them?") from error
+            raise UserError(DIED_LOADING) from error
         for machine in machines:
             self._on_machine(machine)
         return workers
+
+
+def _buried(cells: deque[Cell], deaths: Counter[Cell]) -> Iterator[tuple[Cell, Failure]]:
+    """Hand out the first of a dead worker's cells, which it died of, if it was not the first to."""
+    if not cells:
+        return
+    deaths[cells[0]] += 1
+    if deaths[cells[0]] >= ATTEMPTS:
+        reason = f"its worker died, {ATTEMPTS} times"
+        yield cells.popleft(), Failure(reason, reason)

@@ -79,6 +79,8 @@ class BlockCall:
         # The place of each stream in what the block returns. A last block may return fewer streams than it takes.
         self._places = tuple(returns.index(i) for i in range(len(interface.streams)) if i in returns)
         self._length = len(returns)
+        # The argument that each position of the returned tuple holds when the block is skipped.
+        self._passed = tuple(None if i is None else interface.streams[i] for i in returns)
         self._selected = (*interface.streams, *interface.per_sample)
 
     def bind(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -118,8 +120,9 @@ class BlockCall:
 
     def unchanged(self, arguments: dict[str, Any]) -> Any:
         """What the block returns when it is skipped: its input."""
-        streams = tuple(arguments[name] for name in self.interface.streams)
-        return self.result(streams) if self.returns_tuple else streams[0]
+        if not self.returns_tuple:
+            return arguments[self._passed[0]]
+        return tuple([None if name is None else arguments[name] for name in self._passed])
 
     def clone_if_aliased(self, streams: Streams) -> Streams:
         """The streams, safe from what the model may do in place to the block's output."""

@@ -28,7 +28,7 @@ def run_block(call: Call, slot: BlockSlot, original_forward: Callable, arguments
     if slot.is_last:
         return end_stage(call, slot, step, original_forward, arguments)
     if not step.computed:
-        return slot.call.unchanged(own(call, slot, arguments))
+        return slot.call.unchanged(arguments if call.ranks is None else own(call, slot, arguments))
     if call.context.step and step.rows is None and not call.model_call.adds_between_blocks:
         return original_forward(**arguments)
     output, _ = compute(call, slot, step, original_forward, arguments)

@@ -57,7 +57,8 @@ def command(tiny_pipe_folder, tmp_path, monkeypatch, capsys):
     def command(*arguments: str, tiny: bool = True) -> tuple[int, str, str]:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("HYDRA_FULL_ERROR", "")
-        monkeypatch.setattr(sys, "argv", ["eval", *(arguments_for(tiny_pipe_folder) if tiny else []), *arguments])
+        own = [*arguments_for(tiny_pipe_folder), "launcher.workers=1"] if tiny else []
+        monkeypatch.setattr(sys, "argv", ["eval", *own, *arguments])
         with pytest.raises(SystemExit) as exit:
             program.main()
         return exit.value.code or 0, *capsys.readouterr()

@@ -1,13 +1,16 @@
 """A sweep to watch: its images, what is told to who watches, and what two sweeps must have in common."""
 
+import os
+import signal
 from collections.abc import Sequence
 from dataclasses import fields
 
-from baselines import TaylorSeerConfig
+from baselines import BlockCacheConfig, TaylorSeerConfig
 from eval.generation.prompts import Prompt
 from eval.generation.records import Cell, Record
 from eval.generation.sweep import Batch
 from h2cache import H2CacheConfig
+from h2cache.policy.stages import Stage
 
 STEPS = 4
 PROMPTS = [Prompt("a", "a red sign"), Prompt("b", "a green wall")]
@@ -39,3 +42,11 @@ def timeless(records: dict[str, Record]) -> dict[str, dict]:
     timed = ("image", "trace", "text_seconds", "denoising_seconds", "vae_seconds", "cold_seconds")
     kept = [field.name for field in fields(Record) if field.name not in timed]
     return {name: {field: getattr(record, field) for field in kept} for name, record in records.items()}
+
+
+class Deadly(BlockCacheConfig):
+    """A method that ends the process which draws with it."""
+
+    def compose(self) -> tuple[Stage, ...]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return super().compose()

@@ -1,24 +1,25 @@
-"""launcher=ray: two workers on the CPU that draw what one process draws, also where one of them is killed."""
+"""Two workers on the CPU, of Ray or of this process, draw what one process draws, also where one of them is killed."""
 
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from diary import CELLS, Diary, timeless
+from diary import CELLS, Deadly, Diary, timeless
 
 from eval.errors import UserError
 from eval.generation.launchers import LocalLauncher, RayLauncher
 from eval.generation.prompts import Prompt
-from eval.generation.records import Cell, Store
+from eval.generation.records import Cell, Drawn, Store
 from eval.generation.sweep import Report, sweep
 from eval.models.identity import identity
 from eval.models.pipelines import ModelConfig
 
-pytest.importorskip("ray", reason="launcher=ray is an optional extra")
+RAY = pytest.mark.skipif(not find_spec("ray"), reason="launcher=ray is an optional extra")
 
 # Four prompts, so that each worker has some to do.
 MANY = [Cell(Prompt(f"{cell.prompt.id}{k}", cell.prompt.text), k, 4, cell.method) for cell in CELLS for k in (1, 2)]
@@ -42,9 +43,9 @@ def draw(model, tmp_path):
 
 
 def workers() -> Iterator[int]:
-    """The processes of Ray's actors that descend from this one."""
+    """The processes that draw and descend from this one."""
     for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and _command(folder).startswith(b"ray::Worker"):
+        if folder.name.isdigit() and (_command(folder).startswith(b"ray::Worker") or b"spawn_main" in _command(folder)):
             parent = int(folder.name)
             while parent > 1 and parent != os.getpid():
                 parent = _parent(parent)
@@ -80,14 +81,32 @@ class Killer(Diary):
 
 @pytest.mark.thorough
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the workers in /proc")
-def test_a_killed_worker_is_replaced_and_the_records_are_those_of_one_process(draw):
+@pytest.mark.parametrize("launcher", [LocalLauncher(workers=2), pytest.param(RayLauncher(workers=2), marks=RAY)])
+def test_a_killed_worker_is_replaced_and_the_records_are_those_of_one_process(draw, launcher):
     killer = Killer()
-    report = draw(RayLauncher(workers=2), "ray", killer)
+    report = draw(launcher, "two", killer)
     assert killer.killed is not None
     assert (report.drawn, report.failures) == (len(MANY), {})
     assert killer.events[1:] == ["drawn"] * len(MANY)
-    assert timeless(report.records) == timeless(draw(LocalLauncher(), "local").records)
+    assert timeless(report.records) == timeless(draw(LocalLauncher(), "one").records)
     assert list(workers()) == []
+
+
+@pytest.mark.thorough
+def test_a_model_that_cannot_be_loaded_is_one_sentence_of_the_workers_too(model, tmp_path):
+    absent = replace(model, path=str(tmp_path / "absent"))
+    batches = [(cell,) for cell in MANY[:2]]
+    with pytest.raises(UserError, match="absent"):
+        list(LocalLauncher(workers=2).draw(absent, batches, Diary(), lambda machine: None))
+
+
+@pytest.mark.thorough
+def test_an_image_that_workers_die_of_is_given_up_and_the_others_are_drawn(model):
+    deadly = replace(MANY[0], method=Deadly())
+    cells = [deadly, *MANY[1:3]]
+    outcomes = dict(LocalLauncher(workers=2).draw(model, [tuple(cells), (MANY[3],)], Diary(), lambda machine: None))
+    assert outcomes.pop(deadly).reason == "its worker died, 3 times"
+    assert {cell: type(drawn) for cell, drawn in outcomes.items()} == dict.fromkeys(MANY[1:4], Drawn)
 
 
 def test_without_ray_it_says_how_to_get_it(draw, monkeypatch):
@@ -96,10 +115,12 @@ def test_without_ray_it_says_how_to_get_it(draw, monkeypatch):
         draw(RayLauncher(), "ray")
 
 
-def test_what_cannot_be_had_is_one_sentence(model, monkeypatch):
+def test_what_cannot_be_had_is_one_sentence(model):
     for fields in ({"workers": 0}, {"workers": True}, {"cpus_per_worker": 0}):
         with pytest.raises(UserError, match="whole number from 1"):
             RayLauncher(**fields)
+    with pytest.raises(UserError, match="whole number from 1"):
+        LocalLauncher(workers=0)
     launcher = RayLauncher(workers=3, cpus_per_worker=2)
     with pytest.raises(UserError, match="Ray has 5 CPUs and 0 GPUs, too few for 3 workers with 2 CPUs each"):
         launcher._size({"CPU": 5.0}, model)
