@@ -14,9 +14,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from eval.cli import arguments as commandline
-from eval.errors import UserError
-from eval.files import CONFIGS
+from h2cache.eval.cli import arguments as commandline
+from h2cache.eval.errors import UserError
+from h2cache.eval.files import CONFIGS
 
 PROGRAM = "run.py"
 PLAIN_TEXT = ("prompt", "out")  # fields whose value is taken as typed
@@ -27,7 +27,7 @@ def job(cfg: DictConfig) -> None:
     """One job of a run or multirun. It leaves by SystemExit, since Hydra adds words of its own to an exception."""
     # diffusers imports bitsandbytes where it is installed, which warns of kernels that nobody asked for.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from eval.cli.draw import run
+    from h2cache.eval.cli.draw import run
 
     composed = HydraConfig.get()
     number = composed.job.num if composed.mode == RunMode.MULTIRUN else None

@@ -24,13 +24,13 @@ from diffusers import FirstBlockCacheConfig
 from torch import Tensor
 
 import h2cache
-from baselines import BlockCacheConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
 from benchmarks import subjects
 from benchmarks.clock import Timed, interleaved, seconds
 from benchmarks.subjects import Loop, Subject
-from eval.files import REPOSITORY
 from h2cache import CacheConfig, H2CacheConfig
 from h2cache.adapters import adapter_of
+from h2cache.baselines import BlockCacheConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
+from h2cache.eval.files import REPOSITORY
 from h2cache.policy.forecasts import extrapolate
 from h2cache.policy.pfs import observe
 

@@ -14,9 +14,9 @@ from diffusers import FluxTransformer2DModel
 from hydra import compose, initialize_config_dir
 
 import h2cache
-from eval.experiments.study import read_study
-from eval.files import CONFIGS
 from h2cache import CacheConfig, PlanConfig, PlanScheduler
+from h2cache.eval.experiments.study import read_study
+from h2cache.eval.files import CONFIGS
 
 IMAGE_TOKENS, TEXT_TOKENS = 4096, 512
 

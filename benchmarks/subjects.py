@@ -9,7 +9,7 @@ from diffusers import FluxTransformer2DModel, HunyuanVideoTransformer3DModel, Wa
 from torch import Tensor, nn
 
 from benchmarks.clock import seconds
-from eval.files import REPOSITORY
+from h2cache.eval.files import REPOSITORY
 
 
 @dataclass(frozen=True)

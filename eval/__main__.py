@@ -1,6 +1,6 @@
 """`python -m eval`: the experiments (eval/cli/experiments.py)."""
 
-from eval.cli.experiments import main
+from h2cache.eval.cli.experiments import main
 
 if __name__ == "__main__":
     main()

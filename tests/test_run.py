@@ -25,11 +25,11 @@ from rich.console import Console
 
 import h2cache
 import run
-from baselines import BlockCacheConfig
-from eval.cli.timeline import Timeline
-from eval.files import atomic_files
-from eval.metrics.images import psnr, ssim
 from h2cache import H2CacheConfig
+from h2cache.baselines import BlockCacheConfig
+from h2cache.eval.cli.timeline import Timeline
+from h2cache.eval.files import atomic_files
+from h2cache.eval.metrics.images import psnr, ssim
 
 PROMPT = 'a sign, with "STOP" (it\'s red)'
 CALL = {"height": 32, "width": 32, "num_inference_steps": 12, "max_sequence_length": 40}

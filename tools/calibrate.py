@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import h2cache
-from eval.errors import UserError
-from eval.files import REPOSITORY, atomic_files, check_writable
-from eval.models.pipelines import ModelConfig, load_pipeline
+from h2cache.eval.errors import UserError
+from h2cache.eval.files import REPOSITORY, atomic_files, check_writable
+from h2cache.eval.models.pipelines import ModelConfig, load_pipeline
 from tools.calibration_prompts import UNTRAINED_PHRASINGS, calibration_prompts
 
 SEARCH = ("seed", "history", "ridge", "annealing", "climbing", "annealing_prompts", "batch_size")

@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from eval.errors import UserError
+from h2cache.eval.errors import UserError
 
 # In use a model is asked for things in words that its training did not have, and then it takes longer to make up its
 # mind. Neither the training nor any evaluation uses these.

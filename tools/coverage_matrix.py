@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from eval.files import REPOSITORY
+from h2cache.eval.files import REPOSITORY
 from tools import coverage_families
 
 BEGIN, END = "<!-- tools.coverage_matrix: begin -->", "<!-- tools.coverage_matrix: end -->"

@@ -46,11 +46,11 @@ from rich.console import Console
 from rich.progress import track
 
 import h2cache
-from baselines import TeaCacheConfig
-from eval.errors import UserError
-from eval.files import CONFIGS, atomic_files, check_writable
-from eval.models.pipelines import ModelConfig, describe_machine, load_pipeline, takes
 from h2cache.adapters import transformers_of
+from h2cache.baselines import TeaCacheConfig
+from h2cache.eval.errors import UserError
+from h2cache.eval.files import CONFIGS, atomic_files, check_writable
+from h2cache.eval.models.pipelines import ModelConfig, describe_machine, load_pipeline, takes
 from h2cache.policy.pfs import deviation, relative_l1
 from h2cache.runtime.interception import interception_of
 from tools.calibration_prompts import calibration_prompts

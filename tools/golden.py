@@ -32,9 +32,9 @@ from diffusers import FluxPipeline
 from torch import Tensor
 
 import h2cache
-from baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
-from eval.files import REPOSITORY
 from h2cache import CacheConfig, H2CacheConfig
+from h2cache.baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
+from h2cache.eval.files import REPOSITORY
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests/support"))
 

@@ -20,10 +20,10 @@ from hydra.utils import instantiate
 from rich.console import Console
 from rich.progress import track
 
-from eval.files import CONFIGS, atomic_files
-from eval.generation.backends import applied, diffusers_cache
-from eval.generation.generate import generate
-from eval.models.pipelines import ModelConfig, describe_machine, load_pipeline
+from h2cache.eval.files import CONFIGS, atomic_files
+from h2cache.eval.generation.backends import applied, diffusers_cache
+from h2cache.eval.generation.generate import generate
+from h2cache.eval.models.pipelines import ModelConfig, describe_machine, load_pipeline
 from tools.calibration_prompts import calibration_prompts
 
 

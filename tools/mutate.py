@@ -35,7 +35,7 @@ from typing import Any
 
 import pytest
 
-from eval.files import REPOSITORY
+from h2cache.eval.files import REPOSITORY
 
 PACKAGES = ("h2cache", "baselines")
 COMPARISONS: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {

@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 
-from eval.files import CONFIGS
+from h2cache.eval.files import CONFIGS
 
 
 def prepare() -> None:

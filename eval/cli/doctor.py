@@ -21,9 +21,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from eval.errors import UserError
-from eval.models.diagnosis import find_installation, require_package, sm
-from eval.models.pipelines import REPOSITORY, ModelConfig, describe_machine
+from h2cache.eval.errors import UserError
+from h2cache.eval.models.diagnosis import find_installation, require_package, sm
+from h2cache.eval.models.pipelines import REPOSITORY, ModelConfig, describe_machine
 
 STYLES = {"yes": "green", "after a download": "yellow", "no": "red"}
 MODELS = REPOSITORY / "configs" / "model"

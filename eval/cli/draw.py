@@ -22,14 +22,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import h2cache
-from eval.cli import doctor
-from eval.cli import terminal as report
-from eval.errors import UserError
-from eval.files import atomic_files, check_writable
-from eval.generation.generate import Drawing, generate
-from eval.generation.videos import contact_sheet, write_mp4
-from eval.models.pipelines import ModelConfig, describe_machine, load_pipeline, takes
 from h2cache import PlanConfig
+from h2cache.eval.cli import doctor
+from h2cache.eval.cli import terminal as report
+from h2cache.eval.errors import UserError
+from h2cache.eval.files import atomic_files, check_writable
+from h2cache.eval.generation.generate import Drawing, generate
+from h2cache.eval.generation.videos import contact_sheet, write_mp4
+from h2cache.eval.models.pipelines import ModelConfig, describe_machine, load_pipeline, takes
 
 WARM_UP_STEPS = 3  # a first run pays for allocations and kernel choices; with a cache it also has to hit once
 GAP = 8  # pixels between the two images of a comparison

@@ -16,9 +16,9 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from eval.cli import arguments as commandline
-from eval.errors import UserError
-from eval.files import CONFIGS
+from h2cache.eval.cli import arguments as commandline
+from h2cache.eval.errors import UserError
+from h2cache.eval.files import CONFIGS
 
 PROGRAM = "eval"
 PLAIN_TEXT = ("out", "prompts.path", "clipiqa_checkpoint")  # fields whose value is taken as typed
@@ -29,7 +29,7 @@ def job(cfg: DictConfig) -> None:
     """What Hydra calls. It leaves by SystemExit, since Hydra adds words of its own to an exception."""
     # diffusers imports bitsandbytes where it is installed, which warns of kernels that nobody asked for.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from eval.experiments.harness import run
+    from h2cache.eval.experiments.harness import run
 
     composed = HydraConfig.get()
     model = composed.runtime.choices["model"]

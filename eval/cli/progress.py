@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from eval.generation.records import Cell
-from eval.generation.sweep import Batch, Watcher
+from h2cache.eval.generation.records import Cell
+from h2cache.eval.generation.sweep import Batch, Watcher
 
 SILENCE = 60.0  # seconds between two lines
 REDRAWS = 4  # of the bars, a second: each takes time from a model on the CPU

@@ -11,9 +11,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from eval.cli.timeline import Timeline, decision_table
-from eval.generation.generate import Drawing
-from eval.metrics.images import psnr, ssim
+from h2cache.eval.cli.timeline import Timeline, decision_table
+from h2cache.eval.generation.generate import Drawing
+from h2cache.eval.metrics.images import psnr, ssim
 
 
 def show(console: Console, prompt: str, settings: str, trace: pd.DataFrame, facts: Mapping[str, str]) -> None:

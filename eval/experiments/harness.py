@@ -13,22 +13,22 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from eval.cli.progress import watching
-from eval.errors import UserError
-from eval.experiments.match import matched
-from eval.experiments.settings import Experiment, Row
-from eval.experiments.study import Study, read_study
-from eval.files import atomic_files
-from eval.generation.backends import backend_of, fields_of
-from eval.generation.records import Cell, Record, Store
-from eval.generation.sweep import Report, sweep
-from eval.metrics.registry import Metrics, kind
-from eval.metrics.scores import Scores
-from eval.models.environment import environment
-from eval.models.identity import identity
-from eval.report import page, published
-from eval.report.results import Artifact, Results
-from eval.report.tables import SummaryTable
+from h2cache.eval.cli.progress import watching
+from h2cache.eval.errors import UserError
+from h2cache.eval.experiments.match import matched
+from h2cache.eval.experiments.settings import Experiment, Row
+from h2cache.eval.experiments.study import Study, read_study
+from h2cache.eval.files import atomic_files
+from h2cache.eval.generation.backends import backend_of, fields_of
+from h2cache.eval.generation.records import Cell, Record, Store
+from h2cache.eval.generation.sweep import Report, sweep
+from h2cache.eval.metrics.registry import Metrics, kind
+from h2cache.eval.metrics.scores import Scores
+from h2cache.eval.models.environment import environment
+from h2cache.eval.models.identity import identity
+from h2cache.eval.report import page, published
+from h2cache.eval.report.results import Artifact, Results
+from h2cache.eval.report.tables import SummaryTable
 
 PAGE, ENVIRONMENT, MEASUREMENTS = "report.html", "environment.json", "measurements.csv"
 

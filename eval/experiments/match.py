@@ -18,18 +18,18 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from rich.console import Console
 
-from eval.errors import UserError
-from eval.experiments.settings import Experiment, Match, Setting
-from eval.experiments.study import Study
-from eval.files import atomic_files
-from eval.generation.backends import applied
-from eval.generation.generate import generate
-from eval.generation.prompts import Prompt
-from eval.models.environment import machine_name
-from eval.models.pipelines import load_pipeline, takes
-from eval.models.schedulers import denoised_with
-from eval.report.results import Tuning
 from h2cache import CacheConfig, Speedup, Unreachable, tune
+from h2cache.eval.errors import UserError
+from h2cache.eval.experiments.settings import Experiment, Match, Setting
+from h2cache.eval.experiments.study import Study
+from h2cache.eval.files import atomic_files
+from h2cache.eval.generation.backends import applied
+from h2cache.eval.generation.generate import generate
+from h2cache.eval.generation.prompts import Prompt
+from h2cache.eval.models.environment import machine_name
+from h2cache.eval.models.pipelines import load_pipeline, takes
+from h2cache.eval.models.schedulers import denoised_with
+from h2cache.eval.report.results import Tuning
 from h2cache.tuning import as_written
 
 FORMAT = 1  # of what is kept; a change of how settings are found raises it

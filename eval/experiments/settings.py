@@ -12,13 +12,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from eval.errors import NotInstalled, UserError, check_count
-from eval.generation.backends import Method
-from eval.generation.prompts import Prompt, PromptSet
-from eval.generation.records import Cell
-from eval.metrics.registry import BASELINE_IMAGE, CONVERGED_IMAGE, UNCACHED_IMAGE, kind
-from eval.models.schedulers import NAMES as SCHEDULERS
-from eval.report.results import BASELINE, Output, Tuning
+from h2cache.eval.errors import NotInstalled, UserError, check_count
+from h2cache.eval.generation.backends import Method
+from h2cache.eval.generation.prompts import Prompt, PromptSet
+from h2cache.eval.generation.records import Cell
+from h2cache.eval.metrics.registry import BASELINE_IMAGE, CONVERGED_IMAGE, UNCACHED_IMAGE, kind
+from h2cache.eval.models.schedulers import NAMES as SCHEDULERS
+from h2cache.eval.report.results import BASELINE, Output, Tuning
 from h2cache.tuning import Speedup, WallSpeedup
 
 FIXED_SEED = 0  # the paper's, for every prompt
@@ -37,7 +37,7 @@ class Setting:
         method: its family: one colour in every figure.
         config: the method with its fields; None without a cache.
         steps: denoising steps; None: the experiment's.
-        scheduler: one of `eval.models.schedulers.NAMES`; None: the pipeline's own.
+        scheduler: one of `h2cache.eval.models.schedulers.NAMES`; None: the pipeline's own.
         call: arguments of the pipeline's call that are not the model's.
         tuning: how the setting was found, once it is.
     """
@@ -58,7 +58,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Match:
-    """Settings are tuned to the same speedup before they are drawn (`eval.experiments.match`).
+    """Settings are tuned to the same speedup before they are drawn (`h2cache.eval.experiments.match`).
 
     Fields:
         speedup: against the baseline.

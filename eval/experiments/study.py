@@ -10,13 +10,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from eval.errors import UserError, check_count
-from eval.experiments.settings import Experiment, Row, read_experiments, why_unresolved
-from eval.generation.prompts import Prompt, PromptSet
-from eval.generation.records import Cell, Way
-from eval.generation.sweep import Launcher
-from eval.metrics import registry as quality
-from eval.models.pipelines import ModelConfig
+from h2cache.eval.errors import UserError, check_count
+from h2cache.eval.experiments.settings import Experiment, Row, read_experiments, why_unresolved
+from h2cache.eval.generation.prompts import Prompt, PromptSet
+from h2cache.eval.generation.records import Cell, Way
+from h2cache.eval.generation.sweep import Launcher
+from h2cache.eval.metrics import registry as quality
+from h2cache.eval.models.pipelines import ModelConfig
 
 FIELDS = "model protocol prompts experiments launcher limit out clipiqa_checkpoint".split()
 

@@ -20,8 +20,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 import h2cache
-from eval.errors import NotInstalled, UserError
 from h2cache import CacheConfig
+from h2cache.eval.errors import NotInstalled, UserError
 
 OURS = "h2cache"
 

@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from eval.generation.generate import generate
-from eval.models.pipelines import ModelConfig, load_pipeline
 from h2cache.adapters import adapter_of
+from h2cache.eval.generation.generate import generate
+from h2cache.eval.models.pipelines import ModelConfig, load_pipeline
 from h2cache.policy.forecasts import Forecast, advance_terms, extrapolate
 
 ENTRIES = 2**13  # of each block's residual, evenly spaced: of FLUX.1 whole residuals of one run are 50 GB

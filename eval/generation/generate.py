@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import nn
 
-from eval.models.pipelines import takes
+from h2cache.eval.models.pipelines import takes
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from eval.errors import UserError, check_count
-from eval.files import REPOSITORY
-from eval.generation.records import Cell, Drawn
-from eval.generation.sweep import Batch, Failure, Painter, Watcher
-from eval.models.pipelines import ModelConfig, resolve_device
+from h2cache.eval.errors import UserError, check_count
+from h2cache.eval.files import REPOSITORY
+from h2cache.eval.generation.records import Cell, Drawn
+from h2cache.eval.generation.sweep import Batch, Failure, Painter, Watcher
+from h2cache.eval.models.pipelines import ModelConfig, resolve_device
 
 ATTEMPTS = 3  # at a cell whose worker dies, before it counts as failed
 DIED_LOADING = "a worker died while it loaded the model: is there memory for all of them?"

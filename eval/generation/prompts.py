@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import datasets
 
-from eval.errors import UserError
-from eval.files import REPOSITORY, find_file
+from h2cache.eval.errors import UserError
+from h2cache.eval.files import REPOSITORY, find_file
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ from typing import Any
 import pandas as pd
 from PIL import Image
 
-from eval.errors import UserError
-from eval.files import atomic_files
-from eval.generation.backends import Method
-from eval.generation.prompts import Prompt
 from h2cache import CacheConfig
+from h2cache.eval.errors import UserError
+from h2cache.eval.files import atomic_files
+from h2cache.eval.generation.backends import Method
+from h2cache.eval.generation.prompts import Prompt
 
 FORMAT = 1  # of the records; a change of what is drawn or stored raises it, so that older ones are not read
 NAME_LENGTH = 24  # hexadecimal digits of a fingerprint
@@ -39,7 +39,7 @@ class Cell:
 
     Fields:
         method: None without a cache.
-        scheduler: one of `eval.models.schedulers.NAMES`; None: the pipeline's own.
+        scheduler: one of `h2cache.eval.models.schedulers.NAMES`; None: the pipeline's own.
         call: arguments of the pipeline's call that are not the model's, such as (("height", 96),).
     """
 
@@ -71,7 +71,7 @@ class Drawn:
     Fields:
         peak_memory_bytes: None off the GPU.
         trace: None where none of our methods was at work; `computed_fraction` is of its blocks.
-        multiply_adds, calls: of the denoiser (`eval.generation.work`).
+        multiply_adds, calls: of the denoiser (`h2cache.eval.generation.work`).
         solver: the class of the scheduler.
         overhead_seconds: what the harness took of the time besides.
         cold_seconds: the denoising time of the same drawing just before, the first one with this method in its process;
@@ -125,7 +125,7 @@ class Record:
 
 
 class Store:
-    """The records in `folder`, of images drawn with the model that `model` describes (`eval.models.identity`)."""
+    """The records in `folder`, of images drawn with the model of `model` (`h2cache.eval.models.identity`)."""
 
     def __init__(self, folder: Path, model: Mapping[str, Any]):
         self.folder = folder

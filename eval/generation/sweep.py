@@ -12,14 +12,14 @@ from typing import Any, Protocol
 import torch
 from diffusers import DiffusionPipeline
 
-from eval.errors import UserError
-from eval.generation.backends import PeerCache, applied, own_copy
-from eval.generation.generate import generate
-from eval.generation.records import Cell, Drawn, Record, Store
-from eval.generation.work import WorkCounter
-from eval.models.environment import machine_name
-from eval.models.pipelines import ModelConfig, load_pipeline
-from eval.models.schedulers import denoised_with
+from h2cache.eval.errors import UserError
+from h2cache.eval.generation.backends import PeerCache, applied, own_copy
+from h2cache.eval.generation.generate import generate
+from h2cache.eval.generation.records import Cell, Drawn, Record, Store
+from h2cache.eval.generation.work import WorkCounter
+from h2cache.eval.models.environment import machine_name
+from h2cache.eval.models.pipelines import ModelConfig, load_pipeline
+from h2cache.eval.models.schedulers import denoised_with
 
 Batch = tuple[Cell, ...]  # of one prompt: what is drawn in one go
 

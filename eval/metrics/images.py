@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 from skimage.metrics import structural_similarity
 
-from eval.metrics.metric import Metric
+from h2cache.eval.metrics.metric import Metric
 
 
 def psnr(image: Image.Image, reference: Image.Image, mask: np.ndarray | None = None) -> float:

@@ -41,7 +41,7 @@ class Means:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number for one image. `eval.metrics.registry.METRICS` has ours by name; pyiqa has many more.
+    """A number for one image. `h2cache.eval.metrics.registry.METRICS` has ours by name; pyiqa has many more.
 
     Fields:
         label: its name in tables and figures, a unit after the comma.

@@ -29,9 +29,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from torch import Tensor
 
-from eval.errors import UserError
-from eval.files import file_digest
-from eval.metrics.metric import Means, Metric, Scorer, Shown, Unavailable
+from h2cache.eval.errors import UserError
+from h2cache.eval.files import file_digest
+from h2cache.eval.metrics.metric import Means, Metric, Scorer, Shown, Unavailable
 
 # Seconds without an answer: pyiqa, clip and torch.hub would wait for ever.
 FETCH_TIMEOUT, PROBE_TIMEOUT = 10.0, 3.0

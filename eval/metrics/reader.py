@@ -1,5 +1,5 @@
 """Reads the word in a picture by flux-mini: a small convolutional network with CTC on the letters that
-`eval.metrics.signs` finds. It has no vocabulary into which it could correct a misspelt sign.
+`h2cache.eval.metrics.signs` finds. It has no vocabulary into which it could correct a misspelt sign.
 `tools.flux_mini.reader` trained it.
 """
 
@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from eval.files import REPOSITORY, file_digest
-from eval.metrics.metric import Means, Metric, Scorer, Shown, Unavailable
-from eval.metrics.signs import SIZE, WINDOW, Signs, find, letters_at, pixels_of
+from h2cache.eval.files import REPOSITORY, file_digest
+from h2cache.eval.metrics.metric import Means, Metric, Scorer, Shown, Unavailable
+from h2cache.eval.metrics.signs import SIZE, WINDOW, Signs, find, letters_at, pixels_of
 
 WEIGHTS = REPOSITORY / "assets/flux-mini-reader.safetensors"
 LETTERS = string.ascii_uppercase

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from eval.errors import UserError
-from eval.metrics import pyiqa_metrics
-from eval.metrics.images import PSNR, SSIM
-from eval.metrics.metric import Means, Metric, Scorer, Shown, Unavailable
-from eval.metrics.reader import WORD_ACCURACY
+from h2cache.eval.errors import UserError
+from h2cache.eval.metrics import pyiqa_metrics
+from h2cache.eval.metrics.images import PSNR, SSIM
+from h2cache.eval.metrics.metric import Means, Metric, Scorer, Shown, Unavailable
+from h2cache.eval.metrics.reader import WORD_ACCURACY
 
 METRICS: dict[str, Metric] = {"psnr": PSNR, "ssim": SSIM, "word_accuracy": WORD_ACCURACY}
 

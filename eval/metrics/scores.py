@@ -7,10 +7,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from eval.errors import UserError
-from eval.generation.prompts import Prompt
-from eval.generation.records import Record
-from eval.metrics.registry import Kind, Metrics, kind
+from h2cache.eval.errors import UserError
+from h2cache.eval.generation.prompts import Prompt
+from h2cache.eval.generation.records import Record
+from h2cache.eval.metrics.registry import Kind, Metrics, kind
 
 
 class Scores:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from packaging.version import InvalidVersion, Version
 
-from eval.errors import UserError
+from h2cache.eval.errors import UserError
 
 RELEASES = "https://github.com/nunchaku-ai/nunchaku/releases"
 OLDEST = Version("1.2")  # whose interfaces the adapters are written for

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from eval.files import REPOSITORY
-from eval.models.pipelines import ModelConfig, counted_threads, describe_machine, resolve_device
+from h2cache.eval.files import REPOSITORY
+from h2cache.eval.models.pipelines import ModelConfig, counted_threads, describe_machine, resolve_device
 
 PACKAGES = (
     "torch torchvision diffusers transformers accelerate nunchaku numpy pandas scikit-image pillow datasets pyiqa "

@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from eval.models.pipelines import ModelConfig
+from h2cache.eval.models.pipelines import ModelConfig
 
 # What says where a model is kept and computed, or is counted with each image. A table can be made again elsewhere.
 ELSEWHERE = ("path", "hub_id", "device", "offload", "num_inference_steps")

@@ -1,7 +1,7 @@
 """FLUX.1 in 4 bits: nunchaku's own two generations, and the checkpoints that diffusers loads by itself.
 
-Nothing here imports nunchaku before `eval.models.diagnosis` has said that it is there and can run. The interfaces are
-those of nunchaku 1.2; docs/nunchaku.md says what of this has been run on a real GPU.
+Nothing here imports nunchaku before `h2cache.eval.models.diagnosis` has said that it is there and can run. The
+interfaces are those of nunchaku 1.2; docs/nunchaku.md says what of this has been run on a real GPU.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from diffusers.utils.constants import DIFFUSERS_TRUST_REMOTE_KERNELS
 
-from eval.errors import UserError
-from eval.models.diagnosis import (
+from h2cache.eval.errors import UserError
+from h2cache.eval.models.diagnosis import (
     TURING,
     describe_gpu,
     engine_attribute,
@@ -25,7 +25,7 @@ from eval.models.diagnosis import (
     require_gpu,
     require_package,
 )
-from eval.models.pipelines import DTYPES, ModelConfig, assemble, explained, is_number, require, resolve_device
+from h2cache.eval.models.pipelines import DTYPES, ModelConfig, assemble, explained, is_number, require, resolve_device
 
 ATTENTIONS = ("auto", "flashattn2", "nunchaku-fp16")
 PRECISION = "{precision}"  # where a file's name has it

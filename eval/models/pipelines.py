@@ -15,8 +15,8 @@ import transformers
 from diffusers import DiffusionPipeline, FluxPipeline
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-from eval.errors import UserError
-from eval.files import REPOSITORY
+from h2cache.eval.errors import UserError
+from h2cache.eval.files import REPOSITORY
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OFFLOADS = ("none", "model", "sequential", "group")

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from eval.files import REPOSITORY, find_file
 from h2cache import PlanConfig
+from h2cache.eval.files import REPOSITORY, find_file
 
 
 def plan_config(plan: str, **fields: Any) -> PlanConfig:

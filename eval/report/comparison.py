@@ -10,8 +10,8 @@ from typing import Any
 import pandas as pd
 from PIL import Image
 
-from eval.report.figures.measures import Measure, described, measures_of
-from eval.report.results import Results
+from h2cache.eval.report.figures.measures import Measure, described, measures_of
+from h2cache.eval.report.results import Results
 
 QUALITY = 90  # of WebP
 LONGEST = 768  # pixels of a side

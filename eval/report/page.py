@@ -20,12 +20,12 @@ import jinja2
 from markupsafe import Markup
 from PIL import Image
 
-from eval.errors import UserError
-from eval.files import atomic_files
-from eval.report.comparison import comparisons
-from eval.report.figures.style import COLUMN, DPI
-from eval.report.results import Artifact, Results
-from eval.report.webtable import WebTable, web_table
+from h2cache.eval.errors import UserError
+from h2cache.eval.files import atomic_files
+from h2cache.eval.report.comparison import comparisons
+from h2cache.eval.report.figures.style import COLUMN, DPI
+from h2cache.eval.report.results import Artifact, Results
+from h2cache.eval.report.webtable import WebTable, web_table
 
 TEMPLATES = Path(__file__).with_name("templates")
 IMAGE_BUDGET = 8_000_000  # bytes of compressed images to compare; a page three quarters of which is theirs still mails

@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from eval.files import CONFIGS
-from eval.report.figures.measures import best_setting
-from eval.report.results import BASELINE, KEY, Artifact, Results
-from eval.report.tables.quantities import CHANGE, MEANINGLESS, metric
-from eval.report.tables.sheet import Sheet
-from eval.report.tables.statistics import ratio, summarize
+from h2cache.eval.files import CONFIGS
+from h2cache.eval.report.figures.measures import best_setting
+from h2cache.eval.report.results import BASELINE, KEY, Artifact, Results
+from h2cache.eval.report.tables.quantities import CHANGE, MEANINGLESS, metric
+from h2cache.eval.report.tables.sheet import Sheet
+from h2cache.eval.report.tables.statistics import ratio, summarize
 
 CLAIMS = CONFIGS / "published.yaml"
 RATIOS = {

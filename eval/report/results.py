@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pandas as pd
 
-from eval.models.pipelines import ModelConfig
+from h2cache.eval.models.pipelines import ModelConfig
 
 if TYPE_CHECKING:
-    from eval.report.tables.sheet import Sheet
+    from h2cache.eval.report.tables.sheet import Sheet
 
 KEY = ["prompt_id", "seed"]  # which image
 BASELINE = "Baseline"  # the setting without a cache, which times and images are compared with

@@ -4,7 +4,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from eval.report.tables.sheet import Sheet
+from h2cache.eval.report.tables.sheet import Sheet
 
 NUMBER = re.compile(r"[-+−]?(?:\d[\d,]*\.?\d*|\.\d+)(?:e[-+]?\d+)?", re.IGNORECASE)
 ABSENT = ("", "n/a", "-", "–", "—", "nan", "failed")

@@ -8,8 +8,8 @@ from diffusers import FirstBlockCacheConfig, FluxPipeline
 from loops import denoise, executions, halfway
 
 import h2cache
-from baselines import BlockCacheConfig
 from h2cache import H2CacheConfig
+from h2cache.baselines import BlockCacheConfig
 
 LATENTS = dict(output_type="latent")
 

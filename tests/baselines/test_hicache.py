@@ -10,8 +10,8 @@ from loops import denoising
 from scipy.special import eval_hermite
 
 import h2cache
-from baselines import HiCacheConfig, TaylorSeerConfig
 from h2cache import CacheConfig
+from h2cache.baselines import HiCacheConfig, TaylorSeerConfig
 from h2cache.policy.forecasts import BackcastHermite, Hermite, inner_products
 from h2cache.policy.rules import Interval
 from h2cache.policy.stages import NETWORK, BlockStage

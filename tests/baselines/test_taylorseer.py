@@ -10,8 +10,8 @@ from loops import blocks_of, denoise, executions
 from pictures import picture
 
 import h2cache
-from baselines import TaylorSeerConfig
 from h2cache import CacheConfig, Decision
+from h2cache.baselines import TaylorSeerConfig
 from h2cache.policy.forecasts import Taylor
 from h2cache.policy.rules import RuleState
 from h2cache.policy.stages import NETWORK, ModuleStage

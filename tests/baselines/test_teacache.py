@@ -9,8 +9,8 @@ from pictures import picture
 from torch import Tensor
 
 import h2cache
-from baselines import TeaCacheConfig
 from h2cache import Decision
+from h2cache.baselines import TeaCacheConfig
 
 LINE = (1.0, 0.0)
 

@@ -12,11 +12,11 @@ from repository import REPOSITORY
 from tiny import TEXT_TOKENS
 
 import h2cache
-from eval.errors import NotInstalled, UserError
-from eval.generation.backends import PeerCache, applied, backend_of, diffusers_cache, fields_of, own_copy
-from eval.generation.generate import generate
-from eval.generation.work import WorkCounter
 from h2cache import H2CacheConfig
+from h2cache.eval.errors import NotInstalled, UserError
+from h2cache.eval.generation.backends import PeerCache, applied, backend_of, diffusers_cache, fields_of, own_copy
+from h2cache.eval.generation.generate import generate
+from h2cache.eval.generation.work import WorkCounter
 
 STEPS = 10
 CALL = dict(height=64, width=64, num_inference_steps=STEPS, guidance_scale=3.5, max_sequence_length=TEXT_TOKENS)

@@ -10,15 +10,15 @@ import torch
 from measured import SIZE, results, row
 from PIL import Image
 
-from eval.errors import UserError
-from eval.generation.features import Features, forecast_errors, recorded
-from eval.models.pipelines import ModelConfig
-from eval.report.figures import Gaussianity, Stability
-from eval.report.figures.gaussianity import excess_kurtosis, rank_correlation
-from eval.report.results import Results
-from eval.report.tables import ErrorSpectrum, JitterTable
-from eval.report.tables.jitter import jitter
-from eval.report.tables.spectrum import low_share
+from h2cache.eval.errors import UserError
+from h2cache.eval.generation.features import Features, forecast_errors, recorded
+from h2cache.eval.models.pipelines import ModelConfig
+from h2cache.eval.report.figures import Gaussianity, Stability
+from h2cache.eval.report.figures.gaussianity import excess_kurtosis, rank_correlation
+from h2cache.eval.report.results import Results
+from h2cache.eval.report.tables import ErrorSpectrum, JitterTable
+from h2cache.eval.report.tables.jitter import jitter
+from h2cache.eval.report.tables.spectrum import low_share
 from h2cache.policy.forecasts import Hermite, Taylor
 
 

@@ -28,9 +28,9 @@ from repository import REPOSITORY
 from rich.console import Console
 
 import run
-from eval.cli import doctor
-from eval.errors import UserError
-from eval.models.pipelines import load_pipeline
+from h2cache.eval.cli import doctor
+from h2cache.eval.errors import UserError
+from h2cache.eval.models.pipelines import load_pipeline
 
 RELEASES = "https://github.com/nunchaku-ai/nunchaku/releases"
 WHEEL = f"torch {SERIES}"
@@ -98,7 +98,7 @@ def test_a_gpu_without_kernels(monkeypatch, capability, words):
 @pytest.mark.parametrize("capability", [TURING, (8, 0), (8, 6), ADA, BLACKWELL])
 def test_a_gpu_with_kernels_but_no_nunchaku(monkeypatch, capability):
     give_gpus(monkeypatch, capability)
-    monkeypatch.setattr("eval.models.diagnosis.find_spec", lambda name: None)
+    monkeypatch.setattr("h2cache.eval.models.diagnosis.find_spec", lambda name: None)
     trap = "`pip install nunchaku` would install another project"
     assert_says(reason(config()), "nunchaku is not installed", RELEASES, WHEEL, f"cp{sys.version_info.major}", trap)
 
@@ -241,7 +241,7 @@ def test_an_engine_built_here_does_not_say_for_which_torch(monkeypatch, tmp_path
 )
 def test_why_nunchaku_lite_cannot_run(monkeypatch, capabilities, fields, trust, words):
     give_gpus(monkeypatch, *capabilities)
-    monkeypatch.setattr("eval.models.nunchaku.DIFFUSERS_TRUST_REMOTE_KERNELS", trust)
+    monkeypatch.setattr("h2cache.eval.models.nunchaku.DIFFUSERS_TRUST_REMOTE_KERNELS", trust)
     assert_says(reason(config("nunchaku-flux1-lite", **fields)), *words)
 
 
@@ -295,8 +295,8 @@ def test_the_doctor_sees_gpus_and_the_engine(monkeypatch, tmp_path):
 
 def test_a_model_runs_from_disk_from_the_cache_or_after_a_download(monkeypatch, tmp_path):
     give_gpus(monkeypatch, ADA)
-    monkeypatch.setattr("eval.cli.doctor.is_cached", lambda name: False)
-    monkeypatch.setattr("eval.cli.doctor.get_token", lambda: None)
+    monkeypatch.setattr("h2cache.eval.cli.doctor.is_cached", lambda name: False)
+    monkeypatch.setattr("h2cache.eval.cli.doctor.get_token", lambda: None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     install(monkeypatch, tmp_path, ENGINE, VERSION)
     assert verdict_of("flux-mini") == "yes"
@@ -305,11 +305,11 @@ def test_a_model_runs_from_disk_from_the_cache_or_after_a_download(monkeypatch, 
     weights = "nunchaku-tech/nunchaku-flux.1-dev/svdq-int4_r32-flux.1-dev.safetensors"
     assert_says(why, weights, "XLabs-AI/flux-RealismLora/lora.safetensors", "black-forest-labs/FLUX.1-dev", "hf auth")
 
-    monkeypatch.setattr("eval.cli.doctor.get_token", lambda: "hf_x")
+    monkeypatch.setattr("h2cache.eval.cli.doctor.get_token", lambda: "hf_x")
     assert "login" not in doctor.examine(config())[1]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert_says(" ".join(doctor.examine(config("flux1-dev"))), "no ", "HF_HUB_OFFLINE is set")
-    monkeypatch.setattr("eval.cli.doctor.is_cached", lambda name: True)
+    monkeypatch.setattr("h2cache.eval.cli.doctor.is_cached", lambda name: True)
     assert doctor.examine(config("flux1-dev")) == ("yes", "on NVIDIA Test GPU, from the local cache")
 
 

@@ -5,10 +5,10 @@ import pandas as pd
 import pytest
 from scipy.stats import ttest_rel
 
-from eval.errors import UserError
-from eval.report.results import BASELINE, Results
-from eval.report.tables import EqualWork
-from eval.report.tables.equal_work import Curve, times_faster
+from h2cache.eval.errors import UserError
+from h2cache.eval.report.results import BASELINE, Results
+from h2cache.eval.report.tables import EqualWork
+from h2cache.eval.report.tables.equal_work import Curve, times_faster
 
 PROMPTS = ("one", "two", "three")
 OFFSETS = np.array([0.0, 2.0, 4.0])  # of the prompts' quality

@@ -19,14 +19,14 @@ from PIL import Image
 from repository import REPOSITORY
 
 import h2cache
-from baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
-from eval import __main__ as program
-from eval.errors import UserError
-from eval.experiments.study import Study, read_study
-from eval.generation.backends import PeerCache
-from eval.metrics.images import PSNR, psnr
-from eval.metrics.registry import METRICS
 from h2cache import CacheConfig, H2CacheConfig
+from h2cache.baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
+from h2cache.eval import __main__ as program
+from h2cache.eval.errors import UserError
+from h2cache.eval.experiments.study import Study, read_study
+from h2cache.eval.generation.backends import PeerCache
+from h2cache.eval.metrics.images import PSNR, psnr
+from h2cache.eval.metrics.registry import METRICS
 
 SHIPPED = sorted(path.stem for path in (REPOSITORY / "configs/experiment").iterdir())
 CALL = {"height": 32, "width": 32, "num_inference_steps": 4, "max_sequence_length": 24}
@@ -293,7 +293,7 @@ def test_a_method_that_fails_is_told_and_missing_and_tried_again(command, tmp_pa
 
     monkeypatch.setattr(h2cache, "apply", failing)
     arguments = ["experiment=qualitative", "experiments.qualitative.metrics=[psnr]", "limit=2"]
-    outputs = "{_target_: eval.report.tables.SummaryTable},{_target_: eval.report.figures.Rows}"
+    outputs = "{_target_: h2cache.eval.report.tables.SummaryTable},{_target_: h2cache.eval.report.figures.Rows}"
     summary = f"experiments.qualitative.outputs=[{outputs}]"
     code, stdout, stderr = command(*arguments, summary)
     assert code == 1
@@ -332,7 +332,7 @@ def test_ctrl_c_is_130(command, monkeypatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("eval.experiments.harness.sweep", interrupted)
+    monkeypatch.setattr("h2cache.eval.experiments.harness.sweep", interrupted)
     code, _, stderr = command(*SMALL)
     assert (code, stderr) == (130, "eval: interrupted; the same command goes on where it was\n")
 
@@ -384,7 +384,7 @@ FIELDS = "experiments.two"
         ([f"{FIELDS}.settings.Baseline={{method: h2cache}}"], ["Baseline", "none"]),
         ([f"{FIELDS}.settings.H2-Cache=3"], ["H2-Cache", "3", "method"]),
         ([f"+{FIELDS}.settings.X={{tau1: 0.1}}"], ["X", "tau1", "method"]),
-        ([f"{FIELDS}.outputs=[{{_target_: eval.report.figures.Nothing}}]"], ["two", "outputs", "Nothing"]),
+        ([f"{FIELDS}.outputs=[{{_target_: h2cache.eval.report.figures.Nothing}}]"], ["two", "outputs", "Nothing"]),
         ([f"{FIELDS}.outputs=[{{name: x}}]"], ["two", "outputs", "_target_"]),
         ([f"{FIELDS}.title=${{nothing}}"], ["nothing"]),
     ],
@@ -505,7 +505,7 @@ def test_a_run_with_solvers_counts_evaluations(command, tmp_path):
         f"+{chosen}.settings.UniPC={{method: none, scheduler: unipc, steps: 3}}",
         "+protocol.block_cache.threshold=9",
         f"{chosen}.metrics=[psnr,psnr@converged]",
-        f"{chosen}.outputs=[{{_target_: eval.report.tables.SummaryTable}}]",
+        f"{chosen}.outputs=[{{_target_: h2cache.eval.report.tables.SummaryTable}}]",
         "protocol.converged_steps=8",
         "limit=1",
         "out=found",

@@ -17,14 +17,14 @@ from PIL import Image
 from repository import REPOSITORY
 from thorough import product
 
-from eval.errors import UserError
-from eval.report.figures import Banner, Frontier, HeatMap, MetricTrace, Rows, Separation
-from eval.report.figures.images import difference
-from eval.report.figures.measures import measure
-from eval.report.figures.rows import most_different
-from eval.report.figures.style import LOOKS, looks_of, styled, text_width, wrap
-from eval.report.results import BASELINE
-from eval.report.tables import SummaryTable
+from h2cache.eval.errors import UserError
+from h2cache.eval.report.figures import Banner, Frontier, HeatMap, MetricTrace, Rows, Separation
+from h2cache.eval.report.figures.images import difference
+from h2cache.eval.report.figures.measures import measure
+from h2cache.eval.report.figures.rows import most_different
+from h2cache.eval.report.figures.style import LOOKS, looks_of, styled, text_width, wrap
+from h2cache.eval.report.results import BASELINE
+from h2cache.eval.report.tables import SummaryTable
 
 LONG = (
     "A method of a very long name, with many_fields_in_one_word_that_does_not_break_anywhere = 0.123456789, order = 2"

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from diary import CELLS, Deadly, Diary, timeless
 
-from eval.errors import UserError
-from eval.generation.launchers import LocalLauncher, RayLauncher
-from eval.generation.prompts import Prompt
-from eval.generation.records import Cell, Drawn, Store
-from eval.generation.sweep import Report, sweep
-from eval.models.identity import identity
-from eval.models.pipelines import ModelConfig
+from h2cache.eval.errors import UserError
+from h2cache.eval.generation.launchers import LocalLauncher, RayLauncher
+from h2cache.eval.generation.prompts import Prompt
+from h2cache.eval.generation.records import Cell, Drawn, Store
+from h2cache.eval.generation.sweep import Report, sweep
+from h2cache.eval.models.identity import identity
+from h2cache.eval.models.pipelines import ModelConfig
 
 RAY = pytest.mark.skipif(not find_spec("ray"), reason="launcher=ray is an optional extra")
 

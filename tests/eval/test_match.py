@@ -14,14 +14,14 @@ from measured import results, row
 from repository import REPOSITORY
 from rich.console import Console
 
-from baselines import BlockCacheConfig, TaylorSeerConfig
-from eval import __main__ as program
-from eval.errors import UserError
-from eval.experiments import match
-from eval.experiments.match import matched
-from eval.experiments.study import Study, read_study
-from eval.report.results import Tuning
-from eval.report.tables import MatchedTable
+from h2cache.baselines import BlockCacheConfig, TaylorSeerConfig
+from h2cache.eval import __main__ as program
+from h2cache.eval.errors import UserError
+from h2cache.eval.experiments import match
+from h2cache.eval.experiments.match import matched
+from h2cache.eval.experiments.study import Study, read_study
+from h2cache.eval.report.results import Tuning
+from h2cache.eval.report.tables import MatchedTable
 
 PROMPTS = "".join(json.dumps({"id": f"p{i}", "prompt": f"a sign, number {i}"}) + "\n" for i in range(5))
 STEPS = 12

@@ -17,13 +17,13 @@ from repository import REPOSITORY
 from rich.console import Console
 
 import run
-from eval.cli import doctor
-from eval.cli import draw as job
-from eval.errors import UserError
-from eval.generation.generate import generate
-from eval.models.identity import identity
-from eval.models.pipelines import DiffusersModelConfig, ModelConfig, load_pipeline, takes
 from h2cache import H2CacheConfig
+from h2cache.eval.cli import doctor
+from h2cache.eval.cli import draw as job
+from h2cache.eval.errors import UserError
+from h2cache.eval.generation.generate import generate
+from h2cache.eval.models.identity import identity
+from h2cache.eval.models.pipelines import DiffusersModelConfig, ModelConfig, load_pipeline, takes
 
 # The class that the hub's model_index.json of each model names.
 PIPELINES = {
@@ -216,7 +216,7 @@ def test_generate_watches_the_text_encoders_only_while_it_draws(tiny_pipe):
 def test_the_text_ends_with_the_last_text_encoder(tiny_pipe, monkeypatch):
     """Each reading of the clock is the number of calls of text encoders, steps and VAE until then."""
     done = []
-    monkeypatch.setattr("eval.generation.generate._now", lambda device: len(done))
+    monkeypatch.setattr("h2cache.eval.generation.generate._now", lambda device: len(done))
     parts = (tiny_pipe.text_encoder, tiny_pipe.text_encoder_2, tiny_pipe.transformer, tiny_pipe.vae.decoder)
     counts = [part.register_forward_pre_hook(lambda *_: done.append(1)) for part in parts]
     drawing = generate(tiny_pipe, "a cat", 0, height=32, width=32, num_inference_steps=3, max_sequence_length=24)

@@ -21,10 +21,10 @@ from repository import REPOSITORY
 
 import h2cache
 import run
-from eval.errors import UserError
-from eval.models import pipelines
-from eval.models.pipelines import DiffusersModelConfig, load_pipeline
 from h2cache import H2CacheConfig
+from h2cache.eval.errors import UserError
+from h2cache.eval.models import pipelines
+from h2cache.eval.models.pipelines import DiffusersModelConfig, load_pipeline
 
 CONFIGS = REPOSITORY / "configs"
 CALL = {"height": 32, "width": 32, "num_inference_steps": 2, "max_sequence_length": 40}
@@ -225,7 +225,7 @@ def test_nunchaku_lite_is_loaded_by_diffusers(monkeypatch, tiny_pipe_folder, tmp
     """A folder without quantization gives plain blocks, which diffusers' adapter caches. One with it comes as far as
     diffusers' quantizer, which wants CUDA kernels; what it says is one sentence.
     """
-    monkeypatch.setattr("eval.models.nunchaku.DIFFUSERS_TRUST_REMOTE_KERNELS", True)
+    monkeypatch.setattr("h2cache.eval.models.nunchaku.DIFFUSERS_TRUST_REMOTE_KERNELS", True)
     pipe = load_pipeline(config(LITE, path=str(tiny_pipe_folder), packages=[]))
     assert type(pipe.transformer) is FluxTransformer2DModel and placed == [("cuda",)]
     with h2cache.apply(pipe, H2CacheConfig()) as handle:

@@ -14,12 +14,12 @@ import pytest
 from measured import SIZE, grid, picture, results, row
 from PIL import Image
 
-from eval.errors import UserError
-from eval.report import page
-from eval.report.figures import Frontier, HeatMap
-from eval.report.results import BASELINE, Artifact
-from eval.report.tables.sheet import Sheet
-from eval.report.webtable import web_table
+from h2cache.eval.errors import UserError
+from h2cache.eval.report import page
+from h2cache.eval.report.figures import Frontier, HeatMap
+from h2cache.eval.report.results import BASELINE, Artifact
+from h2cache.eval.report.tables.sheet import Sheet
+from h2cache.eval.report.webtable import web_table
 
 HOSTILE = "</script><script>window.pwned = 1</script><img src=x onerror=\"window.pwned = 2\">{{ 7 * 7 }} ${1} 'a' & <b>"
 ENVIRONMENT = {

@@ -7,8 +7,8 @@ import yaml
 from hydra.utils import instantiate
 from repository import REPOSITORY
 
-from eval.errors import UserError
-from eval.generation.prompts import HubPrompts, Prompt, PromptFile
+from h2cache.eval.errors import UserError
+from h2cache.eval.generation.prompts import HubPrompts, Prompt, PromptFile
 
 
 @pytest.fixture

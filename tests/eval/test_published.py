@@ -11,10 +11,10 @@ from hydra import compose, initialize_config_dir
 from measured import results, row
 from repository import REPOSITORY
 
-from eval.experiments.study import Study, read_study
-from eval.metrics.registry import kind
-from eval.report import page, published
-from eval.report.results import BASELINE, Results
+from h2cache.eval.experiments.study import Study, read_study
+from h2cache.eval.metrics.registry import kind
+from h2cache.eval.report import page, published
+from h2cache.eval.report.results import BASELINE, Results
 
 CLAIMS = published.read_claims()
 BY_ID = {claim["id"]: claim for claim in CLAIMS["claims"]}

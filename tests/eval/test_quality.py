@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from huggingface_hub import constants
 from PIL import Image, ImageFilter
 
-from eval.errors import UserError
-from eval.metrics import pyiqa_metrics
-from eval.metrics.images import psnr, ssim
-from eval.metrics.pyiqa_metrics import to_tensor
-from eval.metrics.reader import WEIGHTS, Reader, WordReader
-from eval.metrics.registry import Metrics, kind
-from eval.metrics.signs import SIZE
+from h2cache.eval.errors import UserError
+from h2cache.eval.metrics import pyiqa_metrics
+from h2cache.eval.metrics.images import psnr, ssim
+from h2cache.eval.metrics.pyiqa_metrics import to_tensor
+from h2cache.eval.metrics.reader import WEIGHTS, Reader, WordReader
+from h2cache.eval.metrics.registry import Metrics, kind
+from h2cache.eval.metrics.signs import SIZE
 from tools.flux_mini.attributes import signs
 from tools.flux_mini.export_reader import export, own_error
 from tools.flux_mini.reader import held_out_scenes
@@ -366,7 +366,7 @@ def test_export_rounds_measures_and_writes_whole(tmp_path):
 
 
 def test_a_reader_that_is_not_there(monkeypatch, tmp_path):
-    monkeypatch.setattr("eval.metrics.reader.WEIGHTS", tmp_path / "none.safetensors")
+    monkeypatch.setattr("h2cache.eval.metrics.reader.WEIGHTS", tmp_path / "none.safetensors")
     metrics = Metrics(["word_accuracy"])
     assert metrics.unavailable["word_accuracy"].startswith("its weights cannot be loaded (")
     assert math.isnan(metrics.score("word_accuracy", draw(STOP), None, PROMPT, "STOP"))

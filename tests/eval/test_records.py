@@ -14,13 +14,13 @@ import pytest
 from PIL import Image
 from repository import REPOSITORY
 
-from baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
-from eval.errors import UserError
-from eval.generation.prompts import Prompt
-from eval.generation.records import HASHED, Cell, Drawn, Store
-from eval.models.identity import content_hash, identity
-from eval.models.pipelines import ModelConfig
 from h2cache import H2CacheConfig, PlanConfig
+from h2cache.baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
+from h2cache.eval.errors import UserError
+from h2cache.eval.generation.prompts import Prompt
+from h2cache.eval.generation.records import HASHED, Cell, Drawn, Store
+from h2cache.eval.models.identity import content_hash, identity
+from h2cache.eval.models.pipelines import ModelConfig
 
 MODEL = {"weights": "sha256:0", "height": 32}
 CELL = Cell(Prompt("a", "a sign", "STOP"), seed=3, steps=50, method=H2CacheConfig())
@@ -90,7 +90,7 @@ def test_another_model_has_other_files(store, tmp_path):
 
 def test_another_format_of_records_is_not_read(store, monkeypatch):
     store.write(CELL, drawn())
-    monkeypatch.setattr("eval.generation.records.FORMAT", 10**6)
+    monkeypatch.setattr("h2cache.eval.generation.records.FORMAT", 10**6)
     assert store.read(CELL) is None
 
 
@@ -204,7 +204,7 @@ def test_a_failure_is_noted_until_the_image_is_there(store, tmp_path):
 def test_one_run_at_a_time_writes_to_a_folder(store, tmp_path):
     """Another process is refused; when the lock's owner is killed, its half-written files go and others may write."""
     owner = (
-        "import sys, time; from pathlib import Path; from eval.generation.records import Store\n"
+        "import sys, time; from pathlib import Path; from h2cache.eval.generation.records import Store\n"
         f"with Store(Path({str(tmp_path)!r}), {{}}).locked(): print('locked', flush=True); time.sleep(60)"
     )
     root = REPOSITORY
@@ -254,8 +254,8 @@ def test_a_hub_model_is_known_by_its_name(tmp_path):
 
 def test_of_large_weights_samples_count(tmp_path, monkeypatch):
     """Any change that is spread over them is seen."""
-    monkeypatch.setattr("eval.models.identity.WHOLE", 1000)
-    monkeypatch.setattr("eval.models.identity.PIECE", 10)
+    monkeypatch.setattr("h2cache.eval.models.identity.WHOLE", 1000)
+    monkeypatch.setattr("h2cache.eval.models.identity.PIECE", 10)
     weights = np.random.default_rng(0).integers(256, size=100_000, dtype=np.uint8)
     hashes = []
     for content in (weights, weights ^ 1, weights):

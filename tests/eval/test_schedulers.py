@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from eval.models.schedulers import NAMES, denoised_with, solver
+from h2cache.eval.models.schedulers import NAMES, denoised_with, solver
 
 FLOW = FlowMatchEulerDiscreteScheduler(shift=3.0)
 SHIFTED = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)  # as FLUX.1's: the pipeline gives mu

@@ -18,16 +18,16 @@ from PIL import Image
 from rich.console import Console
 
 import h2cache
-from eval.cli.progress import watching
-from eval.errors import UserError
-from eval.generation import sweep as sweeping
-from eval.generation.generate import generate
-from eval.generation.launchers import LocalLauncher
-from eval.generation.prompts import Prompt
-from eval.generation.records import Cell, Store
-from eval.generation.sweep import Failure, Painter, Report, sweep
-from eval.models.identity import identity
-from eval.models.pipelines import ModelConfig
+from h2cache.eval.cli.progress import watching
+from h2cache.eval.errors import UserError
+from h2cache.eval.generation import sweep as sweeping
+from h2cache.eval.generation.generate import generate
+from h2cache.eval.generation.launchers import LocalLauncher
+from h2cache.eval.generation.prompts import Prompt
+from h2cache.eval.generation.records import Cell, Store
+from h2cache.eval.generation.sweep import Failure, Painter, Report, sweep
+from h2cache.eval.models.identity import identity
+from h2cache.eval.models.pipelines import ModelConfig
 
 
 @pytest.fixture(scope="module")

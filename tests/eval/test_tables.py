@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
-from eval.errors import UserError
-from eval.report.results import BASELINE, Results
-from eval.report.tables import GridTable, SummaryTable
-from eval.report.tables.statistics import ratio, summarize
+from h2cache.eval.errors import UserError
+from h2cache.eval.report.results import BASELINE, Results
+from h2cache.eval.report.tables import GridTable, SummaryTable
+from h2cache.eval.report.tables.statistics import ratio, summarize
 
 METRICS = ("clipiqa", "psnr", "ssim")
 
@@ -315,7 +315,7 @@ def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch):
     def full(self, label):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("eval.report.tables.sheet.Sheet.to_latex", full)
+    monkeypatch.setattr("h2cache.eval.report.tables.sheet.Sheet.to_latex", full)
     with pytest.raises(OSError, match="no space"):
         SummaryTable().make(results([row(BASELINE, 0, 9.0)]), tmp_path)
     assert (tmp_path / "summary.md").read_text() == before

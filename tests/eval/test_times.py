@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 from measured import results, row
 
-from eval.errors import UserError
-from eval.report.results import BASELINE, Results
-from eval.report.tables import SpreadTable, SummaryTable, ThroughputTable
+from h2cache.eval.errors import UserError
+from h2cache.eval.report.results import BASELINE, Results
+from h2cache.eval.report.tables import SpreadTable, SummaryTable, ThroughputTable
 
 
 def rows_of(markdown: str) -> dict[str, list[str]]:

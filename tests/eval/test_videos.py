@@ -20,13 +20,13 @@ from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
 import h2cache
 import run
-from baselines import BlockCacheConfig
-from eval.cli import draw as job
-from eval.cli import terminal as report
-from eval.generation.generate import Drawing
-from eval.generation.videos import GAP, contact_sheet, shown, write_mp4
-from eval.metrics.images import psnr, ssim
-from eval.models.pipelines import load_pipeline
+from h2cache.baselines import BlockCacheConfig
+from h2cache.eval.cli import draw as job
+from h2cache.eval.cli import terminal as report
+from h2cache.eval.generation.generate import Drawing
+from h2cache.eval.generation.videos import GAP, contact_sheet, shown, write_mp4
+from h2cache.eval.metrics.images import psnr, ssim
+from h2cache.eval.models.pipelines import load_pipeline
 
 PROMPT = "a red cat"
 SIZE = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 6}
@@ -220,7 +220,7 @@ def test_the_vae_has_a_type_of_its_own_and_decodes_in_tiles_if_asked(wan):
 
 
 def test_experiments_take_no_video_model(monkeypatch, tmp_path, capsys):
-    from eval import __main__ as program
+    from h2cache.eval import __main__ as program
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["eval", "model=wan2.2-ti2v-5b"])

@@ -7,9 +7,9 @@ from tiny import tiny_transformer
 from torch.utils.flop_counter import FlopCounterMode
 
 import h2cache
-from baselines import TaylorSeerConfig
-from eval.generation.work import WorkCounter
 from h2cache import H2CacheConfig
+from h2cache.baselines import TaylorSeerConfig
+from h2cache.eval.generation.work import WorkCounter
 
 CALL = {"height": 32, "width": 32, "num_inference_steps": 6, "max_sequence_length": 24, "output_type": "latent"}
 

@@ -7,8 +7,8 @@ import pytest
 from loops import denoise
 
 import h2cache
-from baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
 from h2cache import H2CacheConfig
+from h2cache.baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
 
 THRESHOLD = "a number (relL1 below it is a hit; negative: never hit)"
 REFUSED = [

@@ -7,8 +7,8 @@ import torch
 from loops import denoise
 
 import h2cache
-from baselines import BlockCacheConfig
 from h2cache import CacheConfig, H2CacheConfig
+from h2cache.baselines import BlockCacheConfig
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ from diffusers.hooks import HookRegistry
 from loops import denoise
 
 import h2cache
-from baselines import BlockCacheConfig
 from h2cache import H2CacheConfig
+from h2cache.baselines import BlockCacheConfig
 from h2cache.runtime import engine
 from h2cache.runtime.interception import interception_of
 

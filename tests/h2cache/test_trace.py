@@ -9,8 +9,8 @@ from loops import attentions, denoise, denoising, executions
 from methods_under_test import METHODS, measures, runs_first_block
 
 import h2cache
-from baselines import BlockCacheConfig
 from h2cache import Decision, H2CacheConfig
+from h2cache.baselines import BlockCacheConfig
 from h2cache.trace import KEPT_RUNS, Row, Trace
 
 COLUMNS = [

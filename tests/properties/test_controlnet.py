@@ -16,8 +16,8 @@ from tiny import tiny_transformer
 from torch import Tensor, nn
 
 import h2cache
-from baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
 from h2cache import CacheConfig, H2CacheConfig
+from h2cache.baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
 from h2cache.policy.clusters import ClusterMemory, Clusters
 from h2cache.policy.forecasts import BackcastHermite
 

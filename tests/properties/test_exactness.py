@@ -22,7 +22,7 @@ from tiny import tiny_transformer
 from torch import nn
 
 import h2cache
-from baselines import HiCacheConfig, TaylorSeerConfig
+from h2cache.baselines import HiCacheConfig, TaylorSeerConfig
 
 every_method = pytest.mark.parametrize("config", METHODS)
 

@@ -13,9 +13,9 @@ import torch
 from families import FAMILIES, family_named, family_pipe, generate
 
 import h2cache
-from baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
 from h2cache import CacheConfig, H2CacheConfig
 from h2cache.adapters import transformers_of
+from h2cache.baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
 
 NEVER = {
     "h2": H2CacheConfig(tau1=-1.0, tau2=-1.0),

@@ -16,8 +16,8 @@ from torch import nn
 from waits import hide_timesteps
 
 import h2cache
-from baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
 from h2cache import CacheConfig, H2CacheConfig
+from h2cache.baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
 from h2cache.policy.stages import ModuleStage, Stage
 from h2cache.trace import KEPT_RUNS
 

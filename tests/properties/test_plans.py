@@ -30,8 +30,8 @@ from pictures import alone, own_pipeline, picture
 from plans import PLAN, plans
 
 import h2cache
-from baselines import BlockCacheConfig
 from h2cache import Decision, Plan, PlanConfig
+from h2cache.baselines import BlockCacheConfig
 from h2cache.plans.conditions import Conditions
 
 CONFIG = PlanConfig(PLAN, allow_transfer=True)

@@ -17,9 +17,9 @@ import torch
 from families import FAMILIES, Family, family_named, family_pipe, generate
 
 import h2cache
-from baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
 from h2cache import CacheConfig, H2CacheConfig
 from h2cache.adapters import transformers_of
+from h2cache.baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
 
 SESSIONS = int(os.environ.get("H2CACHE_SESSIONS", "20"))
 IMAGES = 4  # of a session

@@ -25,8 +25,8 @@ from torch import nn
 from waits import MEASURED_NOTHING, ScalarReads, Waits, waits_by_step
 
 import h2cache
-from baselines import BlockCacheConfig, HiCacheConfig
 from h2cache import CacheConfig, Decision, H2CacheConfig
+from h2cache.baselines import BlockCacheConfig, HiCacheConfig
 
 
 def test_the_counters_count(transformer):

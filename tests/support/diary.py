@@ -5,11 +5,11 @@ import signal
 from collections.abc import Sequence
 from dataclasses import fields
 
-from baselines import BlockCacheConfig, TaylorSeerConfig
-from eval.generation.prompts import Prompt
-from eval.generation.records import Cell, Record
-from eval.generation.sweep import Batch
 from h2cache import H2CacheConfig
+from h2cache.baselines import BlockCacheConfig, TaylorSeerConfig
+from h2cache.eval.generation.prompts import Prompt
+from h2cache.eval.generation.records import Cell, Record
+from h2cache.eval.generation.sweep import Batch
 from h2cache.policy.stages import Stage
 
 STEPS = 4

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from eval.report.results import BASELINE, Results
+from h2cache.eval.report.results import BASELINE, Results
 
 SIZE = 32
 STEPS = 6

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from thorough import named, product
 
-from baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
 from h2cache import CacheConfig, Decision, H2CacheConfig
+from h2cache.baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
 from h2cache.policy.stages import ModuleStage
 from h2cache.runtime.run_state import SampleMemory
 

@@ -16,10 +16,10 @@ from loops import denoising
 from repository import REPOSITORY
 from torch import Tensor
 
-from baselines import TeaCacheConfig
-from eval.cli import arguments as commandline
-from eval.errors import UserError
-from eval.models.pipelines import ModelConfig
+from h2cache.baselines import TeaCacheConfig
+from h2cache.eval.cli import arguments as commandline
+from h2cache.eval.errors import UserError
+from h2cache.eval.models.pipelines import ModelConfig
 from tools import fit_teacache
 from tools.calibration_prompts import UNTRAINED_PHRASINGS, scene_prompts
 from tools.flux_mini.scenes import HELD_OUT_PHRASINGS, HELD_OUT_WORDS, PHRASINGS

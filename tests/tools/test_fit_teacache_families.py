@@ -22,11 +22,11 @@ from repository import REPOSITORY
 from torch import Tensor, nn
 
 import h2cache
-from baselines import TeaCacheConfig
-from eval.errors import UserError
-from eval.models.pipelines import ModelConfig
 from h2cache.adapters import transformers_of
 from h2cache.adapters.flux import FluxAdapter
+from h2cache.baselines import TeaCacheConfig
+from h2cache.eval.errors import UserError
+from h2cache.eval.models.pipelines import ModelConfig
 from h2cache.runtime.interception import interception_of
 from tools import fit_teacache
 

@@ -14,8 +14,8 @@ import torch
 from PIL import Image, ImageFilter
 from repository import REPOSITORY
 
-from eval.metrics.reader import CLASSES, decode
-from eval.metrics.signs import WINDOW
+from h2cache.eval.metrics.reader import CLASSES, decode
+from h2cache.eval.metrics.signs import WINDOW
 from tools.flux_mini import attributes, evaluate, prompts, reader, text, vae
 from tools.flux_mini.attributes import Attributes
 from tools.flux_mini.scenes import (

@@ -4,8 +4,8 @@ import pytest
 import yaml
 from tiny import TEXT_TOKENS
 
-from eval.generation.backends import diffusers_cache
-from eval.models.pipelines import ModelConfig
+from h2cache.eval.generation.backends import diffusers_cache
+from h2cache.eval.models.pipelines import ModelConfig
 from tools.magcache_ratios import magnitude_ratios, render
 
 

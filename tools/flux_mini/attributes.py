@@ -1,6 +1,6 @@
 """What a scene, a prompt or a picture says, apart from its word; pictures are read by rules, nothing here is trained.
 
-`eval.metrics.signs` finds the sign and its letters; colours and layout are read off where it finds them.
+`h2cache.eval.metrics.signs` finds the sign and its letters; colours and layout are read off where it finds them.
 """
 
 import re
@@ -10,13 +10,13 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
-from eval.metrics.signs import WALL, Place, Signs, find, letters_at, nearest, pixels_of
+from h2cache.eval.metrics.signs import WALL, Place, Signs, find, letters_at, nearest, pixels_of
 
 from .scenes import COLOURS, LAYOUTS, SHAPES, WORD_BOX, Scene, draw, letter_boxes
 
 NAMES = tuple(COLOURS)
 PALETTE = np.array([COLOURS[name] for name in NAMES], np.float32)
-# The colours that tell parts of a picture apart in a drawing made for it, in the order of `eval.metrics.signs`.
+# The colours that tell parts of a picture apart in a drawing made for it, in the order of `h2cache.eval.metrics.signs`.
 PART_COLOURS = np.array(
     [COLOURS["blue"], COLOURS["red"], COLOURS["green"], [0.6 * c for c in COLOURS["red"]], (190, 215, 225)], np.float32
 )
@@ -89,7 +89,7 @@ def window_corner(scene: Scene) -> tuple[int, int]:
 
 @cache
 def signs() -> Signs:
-    """Every shape without a word, drawn for `eval.metrics.signs`."""
+    """Every shape without a word, drawn for `h2cache.eval.metrics.signs`."""
     # An empty word can be drawn only as an arch, which has no first letter to place.
     templates = [Scene(shape, "red", "", "green", "arched", "bold", "plain", "blue") for shape in SHAPES]
     parts = [nearest(np.asarray(draw(template), np.float32), PART_COLOURS) for template in templates]

@@ -19,7 +19,7 @@ import torch
 from diffusers import AutoencoderKL, FluxPipeline
 from PIL import Image, ImageDraw
 
-from eval.metrics.images import psnr
+from h2cache.eval.metrics.images import psnr
 
 from . import reader
 from .attributes import Attributes, look, told

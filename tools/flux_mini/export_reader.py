@@ -1,4 +1,7 @@
-"""The trained reader as the one file that `eval.metrics.reader` loads: float16 weights, shapes of signs, its error."""
+"""The trained reader as the one file that `h2cache.eval.metrics.reader` loads.
+
+It holds float16 weights, shapes of signs, and the reader's error.
+"""
 
 import argparse
 import math
@@ -7,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from eval.files import atomic_files
-from eval.metrics.reader import WEIGHTS, Reader, WordReader
+from h2cache.eval.files import atomic_files
+from h2cache.eval.metrics.reader import WEIGHTS, Reader, WordReader
 
 from .attributes import signs
 from .reader import VALIDATION, held_out_scenes, train

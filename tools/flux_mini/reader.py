@@ -1,4 +1,6 @@
-"""Trains the reader of words (`eval.metrics.reader`) on rendered scenes alone; `export_reader.py` writes what ships.
+"""Trains the reader of words (`h2cache.eval.metrics.reader`) on rendered scenes alone.
+
+`export_reader.py` writes what ships.
 
 It is given letters as `attributes.look` sees them, freed from colours and whatever is not their sign. It learns random
 strings only, so that it has no vocabulary into which it could correct a misspelt sign, and never sees an image that a
@@ -13,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval.metrics.reader import BLANK, FRAMES, LETTERS, Reader, read, stack
-from eval.metrics.signs import WINDOW
+from h2cache.eval.metrics.reader import BLANK, FRAMES, LETTERS, Reader, read, stack
+from h2cache.eval.metrics.signs import WINDOW
 
 from .attributes import letters_of, window_corner
 from .scenes import HELD_OUT_WORDS, Scene, letter_boxes, random_scene

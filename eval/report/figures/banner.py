@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from eval.report.figures.output import Drawn, FigureOutput, row_of, select
-from eval.report.figures.sheet import GAP, Sheet, read_image
-from eval.report.figures.style import PAGE
-from eval.report.results import BASELINE, Results
+from h2cache.eval.report.figures.output import Drawn, FigureOutput, row_of, select
+from h2cache.eval.report.figures.sheet import GAP, Sheet, read_image
+from h2cache.eval.report.figures.style import PAGE
+from h2cache.eval.report.results import BASELINE, Results
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from eval.report.figures.measures import SPEEDUPS, Measure, Measured, measure
-from eval.report.figures.output import Drawn, FigureOutput
-from eval.report.figures.style import COLUMN, LINE, PAGE, Look, looks_of, text_width
-from eval.report.results import BASELINE, Results
+from h2cache.eval.report.figures.measures import SPEEDUPS, Measure, Measured, measure
+from h2cache.eval.report.figures.output import Drawn, FigureOutput
+from h2cache.eval.report.figures.style import COLUMN, LINE, PAGE, Look, looks_of, text_width
+from h2cache.eval.report.results import BASELINE, Results
 
 TICKS = (1, 2, 4, 8, 16, 32, 3, 6, 12, 24, 1.5, 5, 10, 2.5, 1.25, 1.1, 0.9, 0.8, 0.5)  # the first are the most wanted
 APART = 0.11  # of the axis, from one tick to the next

@@ -8,10 +8,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from scipy import stats
 
-from eval.generation.features import Features, forecast_errors, recorded
-from eval.report.figures.output import Drawn, FigureOutput
-from eval.report.figures.style import BLACK, GREY, PAGE
-from eval.report.results import Results
+from h2cache.eval.generation.features import Features, forecast_errors, recorded
+from h2cache.eval.report.figures.output import Drawn, FigureOutput
+from h2cache.eval.report.figures.style import BLACK, GREY, PAGE
+from h2cache.eval.report.results import Results
 from h2cache.policy.forecasts import Hermite, ScaledTaylor, Taylor
 
 ORDERS = (1, 2, 3)

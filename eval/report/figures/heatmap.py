@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import Normal, Stroke
 
-from eval.errors import UserError
-from eval.report.figures.measures import FIELD_LABELS, Measure, best_setting, measure
-from eval.report.figures.output import Drawn, FigureOutput
-from eval.report.figures.style import BLACK, COLUMN, LINE, PAGE, wrap
-from eval.report.results import Results
+from h2cache.eval.errors import UserError
+from h2cache.eval.report.figures.measures import FIELD_LABELS, Measure, best_setting, measure
+from h2cache.eval.report.figures.output import Drawn, FigureOutput
+from h2cache.eval.report.figures.style import BLACK, COLUMN, LINE, PAGE, wrap
+from h2cache.eval.report.results import Results
 
 COLOURS = "cividis"  # the same for every kind of colour vision, and monotone in greyscale
 CELL = 0.36  # inches of height

@@ -7,11 +7,11 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from eval.report.figures.measures import Measure, described, measures_of
-from eval.report.figures.output import Drawn, FigureOutput, row_of, select
-from eval.report.figures.sheet import Sheet, read_image
-from eval.report.figures.style import PAGE
-from eval.report.results import BASELINE, Results
+from h2cache.eval.report.figures.measures import Measure, described, measures_of
+from h2cache.eval.report.figures.output import Drawn, FigureOutput, row_of, select
+from h2cache.eval.report.figures.sheet import Sheet, read_image
+from h2cache.eval.report.figures.style import PAGE
+from h2cache.eval.report.results import BASELINE, Results
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What figures put on their axes: numbers per image, their label, and what a setting's images add up to.
 
-The summaries are those of the tables (`eval.report.tables.statistics`), so that both show the same numbers.
+The summaries are those of the tables (`h2cache.eval.report.tables.statistics`), so that both show the same numbers.
 """
 
 import math
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from eval.errors import UserError
-from eval.metrics.registry import kind
-from eval.report.results import KEY, Results
-from eval.report.tables.statistics import ratio, summarize
+from h2cache.eval.errors import UserError
+from h2cache.eval.metrics.registry import kind
+from h2cache.eval.report.results import KEY, Results
+from h2cache.eval.report.tables.statistics import ratio, summarize
 
 # To the time that is compared; the names are those of GridTable.
 SPEEDUPS = {"speedup": "total_seconds", "denoising_speedup": "denoising_seconds"}

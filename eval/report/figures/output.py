@@ -9,10 +9,10 @@ import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from eval.errors import UserError
-from eval.files import atomic_files
-from eval.report.figures.style import DPI, styled
-from eval.report.results import Artifact, Results
+from h2cache.eval.errors import UserError
+from h2cache.eval.files import atomic_files
+from h2cache.eval.report.figures.style import DPI, styled
+from h2cache.eval.report.results import Artifact, Results
 
 # Without dates and versions in the files, the same results make the same bytes.
 METADATA = {".png": {"Software": None}, ".pdf": {"CreationDate": None, "Creator": None, "Producer": None}}

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from eval.report.figures.images import ImageGrid, Strip, difference
-from eval.report.figures.sheet import GAP, Box, Sheet
+from h2cache.eval.report.figures.images import ImageGrid, Strip, difference
+from h2cache.eval.report.figures.sheet import GAP, Box, Sheet
 
 
 @dataclass(frozen=True, kw_only=True)

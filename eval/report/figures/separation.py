@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib import colormaps
 
-from eval.report.figures.images import ImageGrid, Strip, difference
-from eval.report.figures.sheet import Sheet
+from h2cache.eval.report.figures.images import ImageGrid, Strip, difference
+from h2cache.eval.report.figures.sheet import Sheet
 
 COLOURS = "magma"  # monotone in greyscale
 

@@ -9,8 +9,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import Normal, Stroke
 from PIL import Image
 
-from eval.errors import UserError
-from eval.report.figures.style import DPI, LINE, wrap
+from h2cache.eval.errors import UserError
+from h2cache.eval.report.figures.style import DPI, LINE, wrap
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of an image; right and bottom excluded
 MARGIN, GAP = 0.05, 0.08  # inches around the sheet, and between images

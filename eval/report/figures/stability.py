@@ -7,10 +7,10 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from eval.generation.features import forecast_errors, recorded
-from eval.report.figures.output import Drawn, FigureOutput
-from eval.report.figures.style import PAGE
-from eval.report.results import Results
+from h2cache.eval.generation.features import forecast_errors, recorded
+from h2cache.eval.report.figures.output import Drawn, FigureOutput
+from h2cache.eval.report.figures.style import PAGE
+from h2cache.eval.report.results import Results
 from h2cache.policy.forecasts import Forecast, Hermite, Taylor
 
 DTYPES = {torch.float32: "solid", torch.bfloat16: "dotted"}

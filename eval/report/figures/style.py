@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextToPath
 
-from eval.report.results import BASELINE
+from h2cache.eval.report.results import BASELINE
 
 STYLE = Path(__file__).with_name("style.mplstyle")
 DPI = 200

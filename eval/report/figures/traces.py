@@ -10,10 +10,10 @@ from matplotlib.lines import Line2D
 from matplotlib.markers import MarkerStyle
 from matplotlib.ticker import MaxNLocator
 
-from eval.errors import UserError
-from eval.report.figures.output import Drawn, FigureOutput, row_of, select
-from eval.report.figures.style import BLACK, COLUMN, GREY, LINE, PAGE, text_width, wrap
-from eval.report.results import BASELINE, Results
+from h2cache.eval.errors import UserError
+from h2cache.eval.report.figures.output import Drawn, FigureOutput, row_of, select
+from h2cache.eval.report.figures.style import BLACK, COLUMN, GREY, LINE, PAGE, text_width, wrap
+from h2cache.eval.report.results import BASELINE, Results
 
 PANEL = 0.85  # inches of height
 STRIP = -0.13  # of the panel's top: where steps stand at which nothing was measured

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from eval.errors import UserError
-from eval.metrics.registry import kind
-from eval.report.results import BASELINE, KEY, Artifact, Results
-from eval.report.tables.quantities import MEANINGLESS, Measured
-from eval.report.tables.sheet import Sheet
-from eval.report.tables.statistics import SEED, Summary, summarize
-from eval.report.tables.summary import compared_with, means_over
+from h2cache.eval.errors import UserError
+from h2cache.eval.metrics.registry import kind
+from h2cache.eval.report.results import BASELINE, KEY, Artifact, Results
+from h2cache.eval.report.tables.quantities import MEANINGLESS, Measured
+from h2cache.eval.report.tables.sheet import Sheet
+from h2cache.eval.report.tables.statistics import SEED, Summary, summarize
+from h2cache.eval.report.tables.summary import compared_with, means_over
 
 LESS = {
     "evaluations": "fewer evaluations",

@@ -7,9 +7,9 @@ from typing import Any
 
 import pandas as pd
 
-from eval.errors import UserError
-from eval.report.results import Artifact, Results
-from eval.report.tables.quantities import (
+from h2cache.eval.errors import UserError
+from h2cache.eval.report.results import Artifact, Results
+from h2cache.eval.report.tables.quantities import (
     COMPUTED,
     DENOISING,
     EVALUATIONS,
@@ -23,8 +23,8 @@ from eval.report.tables.quantities import (
     metric,
     numbers,
 )
-from eval.report.tables.sheet import Sheet
-from eval.report.tables.summary import means_over, notes_on_failures
+from h2cache.eval.report.tables.sheet import Sheet
+from h2cache.eval.report.tables.summary import means_over, notes_on_failures
 
 SPEEDUPS = {"speedup": TOTAL, "denoising_speedup": DENOISING}
 LABELS = {

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from eval.report.results import BASELINE, KEY, Artifact, Results
-from eval.report.tables.quantities import MEANINGLESS
-from eval.report.tables.sheet import Sheet
-from eval.report.tables.statistics import Summary, summarize
+from h2cache.eval.report.results import BASELINE, KEY, Artifact, Results
+from h2cache.eval.report.tables.quantities import MEANINGLESS
+from h2cache.eval.report.tables.sheet import Sheet
+from h2cache.eval.report.tables.statistics import Summary, summarize
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from eval.report.results import BASELINE, Results
-from eval.report.tables.quantities import MEANINGLESS, Measured, Quantity
-from eval.report.tables.sheet import Sheet
-from eval.report.tables.summary import SummaryTable
+from h2cache.eval.report.results import BASELINE, Results
+from h2cache.eval.report.tables.quantities import MEANINGLESS, Measured, Quantity
+from h2cache.eval.report.tables.sheet import Sheet
+from h2cache.eval.report.tables.summary import SummaryTable
 
 HEADER = ("found", "asked", "tuning")
 WORK = {"time": "the time of whole pipeline calls", "blocks": "the number of blocks computed"}

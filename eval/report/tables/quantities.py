@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from eval.metrics.registry import BASELINE_IMAGE, UNCACHED_IMAGE, Kind, kind
-from eval.report.results import BASELINE, KEY, Results
-from eval.report.tables.statistics import Ratio, Summary, ratio, summarize
+from h2cache.eval.metrics.registry import BASELINE_IMAGE, UNCACHED_IMAGE, Kind, kind
+from h2cache.eval.report.results import BASELINE, KEY, Results
+from h2cache.eval.report.tables.statistics import Ratio, Summary, ratio, summarize
 
 FAILED = "failed"  # no image was made
 ABSENT = "n/a"  # could not be measured

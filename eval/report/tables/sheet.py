@@ -9,8 +9,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from eval.files import atomic_files
-from eval.report.results import Artifact
+from h2cache.eval.files import atomic_files
+from h2cache.eval.report.results import Artifact
 
 MARKDOWN_SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#~$])")
 LATEX_SPECIAL = {

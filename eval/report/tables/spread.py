@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from eval.report.results import Artifact, Results
-from eval.report.tables.quantities import DENOISING, FAILED, MEANINGLESS, TOTAL, Measured, Quantity, numbers
-from eval.report.tables.sheet import Sheet
-from eval.report.tables.statistics import summarize
-from eval.report.tables.summary import means_over, notes_on_failures
+from h2cache.eval.report.results import Artifact, Results
+from h2cache.eval.report.tables.quantities import DENOISING, FAILED, MEANINGLESS, TOTAL, Measured, Quantity, numbers
+from h2cache.eval.report.tables.sheet import Sheet
+from h2cache.eval.report.tables.statistics import summarize
+from h2cache.eval.report.tables.summary import means_over, notes_on_failures
 
 COLD = Quantity("cold_seconds", "first denoising, s", lambda frame: frame["cold_seconds"], lambda s: f"{s:.2f}")
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pandas as pd
 from rich.table import Table
 
-from eval.errors import UserError
-from eval.metrics.registry import BASELINE_IMAGE, CONVERGED_IMAGE, UNCACHED_IMAGE, kind
-from eval.report.results import BASELINE, Artifact, Results
-from eval.report.tables.quantities import (
+from h2cache.eval.errors import UserError
+from h2cache.eval.metrics.registry import BASELINE_IMAGE, CONVERGED_IMAGE, UNCACHED_IMAGE, kind
+from h2cache.eval.report.results import BASELINE, Artifact, Results
+from h2cache.eval.report.tables.quantities import (
     ABSENT,
     COMPUTED,
     DENOISING,
@@ -26,7 +26,7 @@ from eval.report.tables.quantities import (
     metric,
     numbers,
 )
-from eval.report.tables.sheet import Sheet
+from h2cache.eval.report.tables.sheet import Sheet
 
 
 @dataclass(frozen=True)

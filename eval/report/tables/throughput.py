@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from eval.errors import UserError
-from eval.report.results import BASELINE, Artifact, Results
-from eval.report.tables.quantities import MEANINGLESS, Measured
-from eval.report.tables.sheet import Sheet
-from eval.report.tables.statistics import Ratio, ratio
-from eval.report.tables.summary import means_over, notes_on_failures
+from h2cache.eval.errors import UserError
+from h2cache.eval.report.results import BASELINE, Artifact, Results
+from h2cache.eval.report.tables.quantities import MEANINGLESS, Measured
+from h2cache.eval.report.tables.sheet import Sheet
+from h2cache.eval.report.tables.statistics import Ratio, ratio
+from h2cache.eval.report.tables.summary import means_over, notes_on_failures
 
 UNCACHED = "none"  # `backend` of settings without a cache
 

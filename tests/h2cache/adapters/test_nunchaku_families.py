@@ -19,9 +19,9 @@ from pictures import is_mixed
 from torch import nn
 
 import h2cache
-from baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
 from h2cache import CacheConfig, H2CacheConfig
 from h2cache.adapters import adapter_of
+from h2cache.baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
 
 CLASSES = {"qwen-image": "NunchakuQwenImageTransformer2DModel", "z-image": "NunchakuZImageTransformer2DModel"}
 NEVER = {

@@ -14,8 +14,8 @@ from pictures import is_mixed
 from torch import Tensor, nn
 
 import h2cache
-from baselines import BlockCacheConfig, TeaCacheConfig
 from h2cache import H2CacheConfig
+from h2cache.baselines import BlockCacheConfig, TeaCacheConfig
 
 every_method = pytest.mark.parametrize("config", STAGED)
 kinds = pytest.mark.parametrize("config", [method for method in STAGED if method in KINDS])

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import h2cache
-from baselines import BlockCacheConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
 from h2cache import H2CacheConfig
 from h2cache.adapters import adapter_of
 from h2cache.adapters.flux import FluxAdapter
 from h2cache.adapters.nunchaku import NunchakuFluxV1, NunchakuFluxV2
+from h2cache.baselines import BlockCacheConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
 from h2cache.runtime import block_stage
 from h2cache.runtime.decide import decide
 

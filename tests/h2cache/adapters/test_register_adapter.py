@@ -10,10 +10,10 @@ from families.base import lively
 from repository import REPOSITORY
 
 import h2cache
-from baselines import ClusCaConfig, TaylorSeerConfig, TeaCacheConfig
 from h2cache import H2CacheConfig
 from h2cache.adapters import Adapter
 from h2cache.adapters import Registry as registry
+from h2cache.baselines import ClusCaConfig, TaylorSeerConfig, TeaCacheConfig
 
 
 @pytest.fixture(autouse=True)

@@ -9,12 +9,12 @@ from nunchakus import flux, nunchaku, standin  # noqa: F401 (a fixture)
 from torch import nn
 
 import h2cache
-from baselines import BlockCacheConfig, TaylorSeerConfig, TeaCacheConfig
 from h2cache import H2CacheConfig
 from h2cache.adapters import BUILT_IN, Adapter, adapter_of, transformers_of
 from h2cache.adapters.base import BlockList, Role
 from h2cache.adapters.flux import FluxAdapter
 from h2cache.adapters.nunchaku import NunchakuFluxV1, NunchakuFluxV2
+from h2cache.baselines import BlockCacheConfig, TaylorSeerConfig, TeaCacheConfig
 from h2cache.runtime.interception import interception_of
 
 FITTED = TeaCacheConfig(threshold=0.1, coefficients=(2.0, 0.0))

@@ -15,8 +15,8 @@ from pictures import own_pipeline, picture
 from plans import PLAN
 
 import h2cache
-from baselines import BlockCacheConfig
 from h2cache import Decision, Handle, Plan, PlanConfig, PlanScheduler
+from h2cache.baselines import BlockCacheConfig
 from h2cache.plans.conditions import Conditions
 from h2cache.runtime.interception import interception_of
 

@@ -16,8 +16,8 @@ from thorough import named, product
 from tiny import tiny_transformer
 
 import h2cache
-from baselines import BlockCacheConfig, TeaCacheConfig
 from h2cache import H2CacheConfig
+from h2cache.baselines import BlockCacheConfig, TeaCacheConfig
 from h2cache.policy import pfs, probes
 
 triton = pytest.importorskip("triton", reason="torch's CPU builds come without Triton")

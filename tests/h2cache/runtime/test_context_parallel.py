@@ -11,8 +11,8 @@ import ranks
 import torch
 from thorough import product
 
-from baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
 from h2cache import H2CacheConfig
+from h2cache.baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
 
 ULYSSES, RING, ULYSSES_ANY, RING_ANY = (
     dict(ulysses=2),

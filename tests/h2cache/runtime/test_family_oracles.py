@@ -15,8 +15,8 @@ from families import family_named, family_pipe, generate
 from torch import Tensor, nn
 
 import h2cache
-from baselines import BlockCacheConfig
 from h2cache import H2CacheConfig
+from h2cache.baselines import BlockCacheConfig
 
 WITH_FIRST_BLOCK_CACHE = ("flux", "qwen-image", "hunyuan-video", "cogvideox", "cogvideox-2b", "wan", "wan-i2v", "ltx")
 

@@ -14,10 +14,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import h2cache
-from baselines import BlockCacheConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
 from h2cache import H2CacheConfig
 from h2cache.adapters import Registry
 from h2cache.adapters.base import Adapter, BlockList, BlockModules, Role
+from h2cache.baselines import BlockCacheConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
 from h2cache.runtime.interception import interception_of
 from h2cache.runtime.once import Once
 

@@ -12,8 +12,8 @@ from tiny import tiny_transformer
 from torch.nn.modules.module import register_module_forward_hook
 
 import h2cache
-from baselines import BlockCacheConfig
 from h2cache import H2CacheConfig
+from h2cache.baselines import BlockCacheConfig
 from h2cache.runtime.interception import interception_of
 
 

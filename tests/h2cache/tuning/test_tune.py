@@ -11,9 +11,9 @@ from diffusers import FluxPipeline
 from tiny import TEXT_TOKENS
 
 import h2cache
-from baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
-from eval.metrics.images import psnr
 from h2cache import CacheConfig, H2CacheConfig, Psnr, Speedup
+from h2cache.baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
+from h2cache.eval.metrics.images import psnr
 from h2cache.policy.forecasts import Taylor
 from h2cache.policy.rules import Interval
 from h2cache.policy.stages import NETWORK, BlockStage
