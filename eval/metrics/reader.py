@@ -26,7 +26,8 @@ BLANK = 0  # CTC's "no letter here"; A is 1
 CLASSES = 1 + len(LETTERS)
 FRAMES = WINDOW[1] // 2
 NETWORK, SIGNS = "network.", "signs."  # what the tensors of a file belong to
-OWN_ERROR = "word_error_on_renders"
+OWN_ERROR, NAMES = "word_error_on_renders", ("shapes", "colours")  # of the file's metadata
+SEPARATOR = ", "
 
 
 class Reader(nn.Module):
@@ -95,20 +96,22 @@ class WordReader:
         """What `save` wrote; OSError or a safetensors error if there is none."""
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            own_error = float(file.metadata()[OWN_ERROR])
+            metadata = file.metadata()
         network = Reader()
         network.load_state_dict(_part(tensors, NETWORK))
-        signs = Signs(**{name: tensor.numpy() for name, tensor in _part(tensors, SIGNS).items()})
-        return cls(network.eval().requires_grad_(False), signs, own_error)
+        arrays = {name: tensor.numpy() for name, tensor in _part(tensors, SIGNS).items()}
+        names = {name: tuple(metadata[name].split(SEPARATOR)) for name in NAMES}
+        return cls(network.eval().requires_grad_(False), Signs(**arrays, **names), float(metadata[OWN_ERROR]))
 
     def save(self, path: Path, **metadata: str) -> None:
         """One file, the network's weights in float16."""
         state = self.network.state_dict()
         weights = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-        arrays = {field.name: getattr(self.signs, field.name) for field in fields(self.signs)}
+        arrays = {each.name: getattr(self.signs, each.name) for each in fields(Signs) if each.name not in NAMES}
         tensors = {NETWORK + name: tensor.contiguous() for name, tensor in weights.items()}
         tensors |= {SIGNS + name: torch.from_numpy(array) for name, array in arrays.items()}
-        save_file(tensors, path, metadata | {OWN_ERROR: f"{self.own_error:.4g}"})
+        names = {name: SEPARATOR.join(getattr(self.signs, name)) for name in NAMES}
+        save_file(tensors, path, metadata | names | {OWN_ERROR: f"{self.own_error:.4g}"})
 
     def read(self, image: Image.Image) -> str:
         """The word in a 128x128 RGB picture, "" if no letter is seen; ValueError for another size."""
@@ -118,15 +121,20 @@ class WordReader:
         return read(self.network, [letters])[0]
 
 
+def loaded_reader() -> WordReader:
+    """The reader of this repository; Unavailable if its weights cannot be loaded."""
+    try:
+        return WordReader.load(WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise Unavailable(f"its weights cannot be loaded ({error})") from error
+
+
 def load_accuracy(means: Means) -> Scorer:
     """What says of a picture whether it has the prompt's word: 1.0 where the word is read exactly, else 0.0.
 
     NaN for pictures of another size than flux-mini's, and for words with letters that the reader does not know.
     """
-    try:
-        reader = WordReader.load(WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise Unavailable(f"its weights cannot be loaded ({error})") from error
+    reader = loaded_reader()
 
     def accuracy(shown: Shown) -> float:
         if shown.word is None or not can_read(shown.word) or shown.image.size != (SIZE, SIZE):

@@ -16,11 +16,12 @@ from PIL import Image
 
 from h2cache.eval.errors import UserError
 from h2cache.eval.metrics import pyiqa_metrics
+from h2cache.eval.metrics.attributes import ADHERENCE
 from h2cache.eval.metrics.images import PSNR, SSIM
 from h2cache.eval.metrics.metric import Means, Metric, Scorer, Shown, Unavailable
 from h2cache.eval.metrics.reader import WORD_ACCURACY
 
-METRICS: dict[str, Metric] = {"psnr": PSNR, "ssim": SSIM, "word_accuracy": WORD_ACCURACY}
+METRICS: dict[str, Metric] = {"psnr": PSNR, "ssim": SSIM, "word_accuracy": WORD_ACCURACY, "attributes": ADHERENCE}
 
 # What an image can be compared with, as `psnr@converged`; without `@`, with the baseline's.
 BASELINE_IMAGE = "baseline"  # that of the model's own scheduler at the experiment's number of steps

@@ -33,13 +33,17 @@ class Signs:
 
     parts: (K, 128, 128) uint8, which part of each of K shapes in the middle a pixel belongs to: WALL, SIGN, EDGE, ...
     middles: (K, 2) x and y of the middle of the word's place. boxes: (K, 2) the width and height a word may take there.
-    palette: (C, 3) float32, the colours of signs and walls.
+    palette: (C, 3) float32, the colours of signs and walls. walls: (2 C, 3), these and each as a wall's dark stripe.
+    shapes, colours: their K and C names.
     """
 
     parts: np.ndarray
     middles: np.ndarray
     boxes: np.ndarray
     palette: np.ndarray
+    walls: np.ndarray
+    shapes: tuple[str, ...]
+    colours: tuple[str, ...]
 
     @cached_property
     def places(self) -> list[Place]:

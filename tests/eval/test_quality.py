@@ -5,6 +5,7 @@ import os
 import socket
 import urllib.error
 import warnings
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from h2cache.eval.metrics.images import psnr, ssim
 from h2cache.eval.metrics.pyiqa_metrics import to_tensor
 from h2cache.eval.metrics.reader import WEIGHTS, Reader, WordReader
 from h2cache.eval.metrics.registry import Metrics, kind
-from h2cache.eval.metrics.signs import SIZE
+from h2cache.eval.metrics.signs import SIZE, Signs
 from tools.flux_mini.attributes import signs
 from tools.flux_mini.export_reader import export, own_error
 from tools.flux_mini.reader import held_out_scenes
@@ -347,7 +348,7 @@ def test_the_shipped_reader_reads_words_it_never_saw():
 
 def test_the_shipped_reader_knows_the_signs_that_the_tools_draw():
     shipped, drawn = WordReader.load().signs, signs()
-    for name in ("parts", "middles", "boxes", "palette"):
+    for name in (field.name for field in fields(Signs)):
         assert np.array_equal(getattr(shipped, name), getattr(drawn, name)), name
 
 

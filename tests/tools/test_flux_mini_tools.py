@@ -14,16 +14,16 @@ import torch
 from PIL import Image, ImageFilter
 from repository import REPOSITORY
 
+from h2cache.eval.metrics.attributes import LAYOUTS, look, told
 from h2cache.eval.metrics.reader import CLASSES, decode
 from h2cache.eval.metrics.signs import WINDOW
-from tools.flux_mini import attributes, evaluate, prompts, reader, text, vae
-from tools.flux_mini.attributes import Attributes
+from tools.flux_mini import evaluate, prompts, reader, text, vae
+from tools.flux_mini.attributes import attributes_of, letters_of, signs, window_corner
 from tools.flux_mini.scenes import (
     COLOURS,
     FONTS,
     HELD_OUT_PHRASINGS,
     HELD_OUT_WORDS,
-    LAYOUTS,
     LETTER_GRID,
     PHRASINGS,
     SHAPES,
@@ -66,7 +66,7 @@ def test_a_caption_tells_everything(phrasings):
     for scene in some_scenes(200):
         for phrasing in phrasings:
             text = caption(scene, rng, [phrasing])
-            assert attributes.told(text) == Attributes.of(scene)
+            assert told(text, signs()) == attributes_of(scene)
             assert text.count('"') == 2 and f'"{scene.word}"' in text
             assert f"{scene.text_colour} {scene.font} letters" in text
             wall = {"plain": "background", "brick": "brick wall", "striped": "striped wall"}[scene.wall]
@@ -75,7 +75,7 @@ def test_a_caption_tells_everything(phrasings):
 
 def test_what_is_no_caption_is_refused():
     with pytest.raises(ValueError, match="a red cat"):
-        attributes.told("a red cat")
+        told("a red cat", signs())
 
 
 def opening(text: str) -> str:
@@ -191,7 +191,7 @@ def test_letters_of_any_scene_lie_within_the_image():
 def test_attributes_are_read_back_from_renders(shape, wall):
     for i, scene in enumerate(some_scenes(6, seed=5)):
         scene = replace(scene, shape=shape, wall=wall, word=HELD_OUT_WORDS[i * 5])
-        assert attributes.look(draw(scene)).attributes == Attributes.of(scene)
+        assert look(draw(scene), signs()).attributes == attributes_of(scene)
 
 
 def test_letters_are_seen_whole_and_alone():
@@ -200,25 +200,25 @@ def test_letters_are_seen_whole_and_alone():
         image = draw(scene)
         empty = np.asarray(draw(replace(scene, word="", layout="arched")), int)
         changed = np.abs(np.asarray(image, int) - empty).max(axis=-1) > 60
-        left, top = attributes.window_corner(scene)
+        left, top = window_corner(scene)
         rows, columns = WINDOW
         inside = np.zeros_like(changed)
         inside[top : top + rows, left : left + columns] = True
         assert not (changed & ~inside).any(), scene
-        letters = attributes.letters_of(scene)
+        letters = letters_of(scene)
         seen = letters[changed[top : top + rows, left : left + columns]] > 0.1
         assert seen.mean() > 0.995, scene  # a high arc may touch the edge of its sign, where nothing is seen
         assert (letters > 0.5).sum() < 1.2 * changed.sum(), scene
         # The shape may be found a pixel off, and the window with it.
-        assert attributes.look(image).letters.sum() == pytest.approx(letters.sum(), rel=0.02), scene
+        assert look(image, signs()).letters.sum() == pytest.approx(letters.sum(), rel=0.02), scene
 
 
 def test_an_image_without_a_word_has_a_shape_all_the_same():
-    seen = attributes.look(draw(replace(STOP, word="", layout="arched"))).attributes
+    seen = look(draw(replace(STOP, word="", layout="arched")), signs()).attributes
     assert (seen.shape, seen.shape_colour, seen.wall_colour) == ("octagonal sign", "red", "blue")
     assert seen.layout == "straight"
     with pytest.raises(ValueError, match="64"):
-        attributes.look(Image.new("RGB", (64, 64)))
+        look(Image.new("RGB", (64, 64)), signs())
 
 
 def test_the_reader_sees_the_same_whoever_asks():
@@ -286,7 +286,7 @@ def test_word_scores():
 
 
 def test_attribute_scores():
-    asked = Attributes.of(STOP)
+    asked = attributes_of(STOP)
     wrong = replace(asked, shape="label", wall_colour="green")
     scores = attribute_scores([(asked, asked), (asked, wrong), (asked, replace(asked, shape="jersey")), (asked, asked)])
     assert scores == {
@@ -304,7 +304,7 @@ def test_attribute_scores():
 
 
 def test_scores_by_group():
-    a = Attributes.of(STOP)
+    a = attributes_of(STOP)
     b = replace(a, layout="arched")
     readings = [
         Reading("GATE", "GATE", a, a, "known"),
@@ -360,7 +360,7 @@ def test_the_readers_own_errors_are_shares_of_images():
 
 
 def results(weights: str = "0") -> dict:
-    a = Attributes.of(STOP)
+    a = attributes_of(STOP)
     error = dict.fromkeys((*evaluate.ATTRIBUTES, "word", "word_up_to_5_letters", "cer"), 0.025)
     return {
         "measured": {"weights_sha256": weights},

@@ -1,8 +1,8 @@
 """Measures of an exported flux-mini on held-out prompts: are the attributes and the word of the prompt in the picture,
 and how much of a scene survives the autoencoder?
 
-Attributes are read by rules (`attributes.py`), words by a network that has seen rendered scenes alone (`reader.py`);
-both are tried on scenes of which the truth is known, so that their own errors stand beside what they say.
+Attributes are read by rules (`h2cache.eval.metrics.attributes`), words by a network that has seen rendered scenes alone
+(`reader.py`); both are tried on scenes whose truth is known, so that their own errors stand beside what they say.
 """
 
 import argparse
@@ -19,10 +19,11 @@ import torch
 from diffusers import AutoencoderKL, FluxPipeline
 from PIL import Image, ImageDraw
 
+from h2cache.eval.metrics.attributes import Attributes, look, told
 from h2cache.eval.metrics.images import psnr
 
 from . import reader
-from .attributes import Attributes, look, told
+from .attributes import attributes_of, signs
 from .scenes import SIZE, WORDS, Scene, draw, letter_boxes
 from .scores import Reading, attribute_scores, score, word_scores
 from .text import T5_LENGTH
@@ -76,8 +77,8 @@ def letter_mask(scene: Scene) -> np.ndarray:
 
 def own_errors(network: reader.Reader, scenes: Sequence[Scene], images: Sequence[Image.Image]) -> dict:
     """The share of images that the rules and the reader get wrong, where they show exactly these scenes."""
-    seen = [look(image) for image in images]
-    scores = attribute_scores([(Attributes.of(a), b.attributes) for a, b in zip(scenes, seen, strict=True)])
+    seen = [look(image, signs()) for image in images]
+    scores = attribute_scores([(attributes_of(a), b.attributes) for a, b in zip(scenes, seen, strict=True)])
     read = reader.read(network, [sight.letters for sight in seen])
     pairs = list(zip((scene.word for scene in scenes), read, strict=True))
     words = word_scores(pairs)
@@ -130,10 +131,10 @@ def evaluate(work: Path, folder: Path, prompts: Path = PROMPTS) -> dict:
     (work / "samples").mkdir(parents=True, exist_ok=True)
     for row, image in zip(rows, images, strict=True):
         image.save(work / "samples" / f"{row['id']}.png")
-    seen = [look(image) for image in images]
+    seen = [look(image, signs()) for image in images]
     words = reader.read(network, [sight.letters for sight in seen])
     readings = [
-        Reading(row["word"], word, told(row["prompt"]), sight.attributes, row.get("phrasing"))
+        Reading(row["word"], word, told(row["prompt"], signs()), sight.attributes, row.get("phrasing"))
         for row, sight, word in zip(rows, seen, words, strict=True)
     ]
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
+from h2cache.eval.metrics.attributes import LAYOUTS
+
 SIZE = 128
 SUPERSAMPLING = 2
 
@@ -32,7 +34,6 @@ COLOURS = {
     "black": (28, 28, 32),
 }
 SHAPES = ("round sign", "square sign", "octagonal sign", "diamond sign", "label", "jersey", "badge", "shopfront")
-LAYOUTS = ("straight", "arched")
 WALLS = ("plain", "brick", "striped")
 FONTS = {"bold": "DejaVuSans-Bold.ttf", "serif": "DejaVuSerif-Bold.ttf"}
 

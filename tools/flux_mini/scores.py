@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
-from .attributes import Attributes
+from h2cache.eval.metrics.attributes import Attributes
 
 
 @dataclass(frozen=True)

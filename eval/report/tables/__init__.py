@@ -1,5 +1,6 @@
 """Tables of an experiment: Markdown, LaTeX, CSV and the terminal; configs/experiment/*.yaml list them as outputs."""
 
+from h2cache.eval.report.tables.adherence import Adherence, AttributeChanges
 from h2cache.eval.report.tables.equal_work import EqualWork
 from h2cache.eval.report.tables.grid import GridTable
 from h2cache.eval.report.tables.jitter import JitterTable
@@ -10,6 +11,8 @@ from h2cache.eval.report.tables.summary import SummaryTable
 from h2cache.eval.report.tables.throughput import ThroughputTable
 
 __all__ = [
+    "Adherence",
+    "AttributeChanges",
     "EqualWork",
     "ErrorSpectrum",
     "GridTable",

@@ -99,3 +99,24 @@ def ratio(values: pd.Series, baseline: pd.Series) -> Ratio:
             drawn.append(above[index].mean(axis=1) / below[index].mean(axis=1))
     low, high = np.quantile(np.concatenate(drawn), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Ratio(n, value, float(low), float(high))
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """Whether something holds less often than before: `lost` where it held before alone, `gained` where now alone.
+
+    p: of the exact two-sided test that both are equally likely; 1.0 where nothing changed.
+    """
+
+    lost: int
+    gained: int
+    p: float
+
+
+def mcnemar(now: pd.Series, before: pd.Series) -> McNemar:
+    """Both 1.0 or 0.0, indexed by prompt and seed; an image that either lacks, or has as NaN, is left out."""
+    pairs = pd.concat([now, before], axis=1, join="inner", keys=["now", "before"]).dropna()
+    lost = int((pairs["before"] > pairs["now"]).sum())
+    gained = int((pairs["before"] < pairs["now"]).sum())
+    p = float(stats.binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
+    return McNemar(lost, gained, p)
