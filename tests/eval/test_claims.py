@@ -133,6 +133,13 @@ def test_reuse_errs_by_hand():
     assert forecast_errors(values, Taylor(0), interval=2, first=1) == pytest.approx([math.sqrt(2 / 10)])
 
 
+def test_the_first_difference_is_of_the_last_two_of_the_first_steps():
+    """Of squares, computed at 0, 1, 2 and 4: 4 + (4 - 1) stands for 9, and 16 + (16 - 4) / 2 for 25."""
+    values = torch.arange(6.0).square()[:, None, None]
+    expected = math.sqrt((2**2 + 3**2) / (9**2 + 25**2))
+    assert forecast_errors(values, Taylor(1), interval=2) == pytest.approx([expected])
+
+
 @pytest.fixture
 def model(tiny_pipe_folder) -> ModelConfig:
     return ModelConfig(str(tiny_pipe_folder), None, "float32", "cpu", "none", 32, 32, 6, 3.5, 24)
