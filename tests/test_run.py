@@ -27,6 +27,7 @@ import h2cache
 import run
 from h2cache import H2CacheConfig
 from h2cache.baselines import BlockCacheConfig
+from h2cache.eval.cli.generate import as_typed
 from h2cache.eval.cli.timeline import Timeline
 from h2cache.eval.files import atomic_files
 from h2cache.eval.metrics.images import psnr, ssim
@@ -266,7 +267,7 @@ def test_every_model_config_is_valid():
 @example("a (b), [c], {d}: e=f", False)
 def test_a_prompt_is_taken_as_typed(text, multirun):
     """Unless it is quoted for Hydra, or in a multirun reads as a sweep."""
-    typed = run.as_typed(f"prompt={text}", multirun)
+    typed = as_typed(f"prompt={text}", multirun)
     parsed = OverridesParser.create().parse_override(typed)
     if typed != f"prompt={text}":
         assert parsed.value() == text

@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from h2cache.eval.errors import UserError
+from h2cache.eval.generation.prompt_lines import prompt_lines
 
 # In use a model is asked for things in words that its training did not have, and then it takes longer to make up its
 # mind. Neither the training nor any evaluation uses these.
@@ -21,14 +21,7 @@ def calibration_prompts(prompts_file: Path | None, images: int, seed: int, untra
     phrasings `untrained`, if there are any. UserError if the file has too few."""
     if prompts_file is None:
         return scene_prompts(images, seed, untrained)
-    try:
-        lines = prompts_file.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"prompts_file={prompts_file}: {error.strerror}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if len(prompts) < images:
-        raise UserError(f"prompts_file={prompts_file} has {len(prompts)} prompts, one a line, not images={images}")
-    return prompts[:images]
+    return prompt_lines(prompts_file, images)
 
 
 def scene_prompts(count: int, seed: int, untrained: Sequence[str] = ()) -> list[str]:

@@ -24,8 +24,7 @@ PROGRAM = "eval"
 PLAIN_TEXT = ("out", "prompts.path", "clipiqa_checkpoint")  # fields whose value is taken as typed
 
 
-@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="eval")
-def job(cfg: DictConfig) -> None:
+def _job(cfg: DictConfig, program: str) -> None:
     """What Hydra calls. It leaves by SystemExit, since Hydra adds words of its own to an exception."""
     # diffusers imports bitsandbytes where it is installed, which warns of kernels that nobody asked for.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -48,21 +47,31 @@ def job(cfg: DictConfig) -> None:
     try:
         sys.exit(run(cfg, model, method, command))
     except UserError as error:
-        commandline.fail(str(error), PROGRAM)
+        commandline.fail(str(error), program)
     except Exception:
         traceback.print_exc()
         sys.exit(1)
 
 
-def main() -> None:
+def main(program: str = PROGRAM) -> None:
+    """Do what `sys.argv` says.
+
+    Args:
+        program: what errors call the program.
+    """
     commandline.prepare()
+
+    @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="eval")
+    def job(cfg: DictConfig) -> None:
+        _job(cfg, program)
+
     if {"-m", "--multirun"} & set(sys.argv[1:]):
-        commandline.fail("there is no multirun here: experiment=[table1,frontier] does several in one run", PROGRAM)
+        commandline.fail("there is no multirun here: experiment=[table1,frontier] does several in one run", program)
     sys.argv[1:] = [commandline.as_typed(argument, PLAIN_TEXT, multirun=False) for argument in sys.argv[1:]]
     try:
         job()
     except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted; the same command goes on where it was", file=sys.stderr)
+        print(f"{program}: interrupted; the same command goes on where it was", file=sys.stderr)
         sys.exit(130)
     except Exception as error:  # raised by Hydra
-        commandline.fail(commandline.explain(error, "-m eval", "put several values in brackets, as [1,2]"), PROGRAM)
+        commandline.fail(commandline.explain(error, "-m eval", "put several values in brackets, as [1,2]"), program)

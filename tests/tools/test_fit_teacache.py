@@ -223,7 +223,7 @@ def test_prompts_may_come_from_a_file(settings, tmp_path):
     file.write_text("a cat\n\na dog\na bird\na fish\n")
     text = fit_teacache.run(dataclasses.replace(settings, prompts_file=file), "tiny", "the command")
     assert "3 prompts (prompts.txt)" in text.replace("\n# ", " ")
-    with pytest.raises(UserError, match="has 4 prompts, one a line, not images=5"):
+    with pytest.raises(UserError, match="has 4 prompts, one a line, and 5 are needed"):
         fit_teacache.run(dataclasses.replace(settings, prompts_file=file, images=5), "tiny", "the command")
     with pytest.raises(UserError, match="No such file"):
         fit_teacache.run(dataclasses.replace(settings, prompts_file=tmp_path / "none.txt"), "tiny", "the command")

@@ -1,0 +1,171 @@
+"""The program `h2cache`. Each command hands its options to the code behind run.py, `python -m eval` or the library.
+
+Only typer is imported here: the help and a wrong option need neither torch nor Hydra.
+"""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import h2cache
+
+Fields = Annotated[
+    list[str] | None,
+    typer.Argument(help="Any other field, such as method.tau1=0.1.", metavar="[FIELD=VALUE]..."),
+]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="A name that `doctor` lists, a hub id (OWNER/NAME) or a folder.")
+]
+Method = Annotated[str, typer.Option("--method", "-c", help="fast, balanced, careful, block_cache, none, ...")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the noise.")]
+
+app = typer.Typer(
+    name="h2cache",
+    help="Caches for diffusion transformers: draw, compare, measure, tune.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+plans = typer.Typer(help="Plans: which steps a model computes.", no_args_is_help=True)
+app.add_typer(plans, name="plan")
+
+
+def main() -> None:
+    """The entry point of the package."""
+    app(prog_name="h2cache")
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+    if version:
+        typer.echo(f"h2cache {h2cache.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    fields: Fields = None,
+    model: Model = "flux-mini",
+    method: Method = "balanced",
+    seed: Seed = 0,
+    out: Annotated[Path, typer.Option("--out", "-o", help="A PNG; of a video also an MP4.")] = Path("image.png"),
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; the model's if not given.")] = None,
+) -> None:
+    """Draw an image or a video and show what the cache did."""
+    _draw("generate", prompt, fields, model, method, seed, out, steps)
+
+
+@app.command()
+def compare(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    fields: Fields = None,
+    model: Model = "flux-mini",
+    method: Method = "balanced",
+    seed: Seed = 0,
+    out: Annotated[Path, typer.Option("--out", "-o", help="A PNG; of a video also an MP4.")] = Path("image.png"),
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; the model's if not given.")] = None,
+) -> None:
+    """Draw with and without a cache: PSNR, SSIM, speedup, both pictures in one."""
+    _draw("compare", prompt, [*(fields or ()), "compare=true"], model, method, seed, out, steps)
+
+
+@app.command()
+def bench(
+    experiments: Annotated[
+        list[str] | None, typer.Argument(help="table1, frontier, ...; all if none is given. FIELD=VALUE: any field.")
+    ] = None,
+    model: Model = "flux-mini",
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each experiment, at most.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="A folder; the same one goes on.")] = Path("results"),
+    launcher: Annotated[str, typer.Option(help="local, or ray: on every GPU of a cluster.")] = "local",
+) -> None:
+    """Run the experiments: images, tables, figures and a page. An interrupted run goes on with the same command."""
+    names = [each for each in experiments or () if "=" not in each]
+    fields = [each for each in experiments or () if "=" in each]
+    chosen = [f"experiment=[{','.join(names)}]"] if names else []
+    limits = [f"limit={limit}"] if limit else []
+    sys.argv[1:] = [*_models().overrides(model), *chosen, *limits, f"out={out}", f"launcher={launcher}", *fields]
+    _needs("eval", "datasets", "matplotlib", "pyiqa", "scipy", "jinja2")
+    import_module("h2cache.eval.cli.experiments").main("h2cache bench")
+
+
+@app.command()
+def tune(
+    fields: Fields = None,
+    model: Model = "flux-mini",
+    method: Method = "balanced",
+    psnr: Annotated[float | None, typer.Option(help="As fast as possible at so many decibels.")] = None,
+    speedup: Annotated[float | None, typer.Option(help="As close as possible at so many times fewer blocks.")] = None,
+    wall_speedup: Annotated[float | None, typer.Option(help="... at so many times the speed, measured.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file, one prompt a line.")] = None,
+    trials: Annotated[int, typer.Option(min=1, help="Settings tried in each search, at most.")] = 8,
+    seed: Seed = 0,
+) -> None:
+    """Find the thresholds that reach a quality or a speed."""
+    targets = {"psnr": psnr, "speedup": speedup, "wall-speedup": wall_speedup}
+    given = [(name, value) for name, value in targets.items() if value is not None]
+    if len(given) != 1:
+        raise typer.BadParameter("give one of --psnr, --speedup and --wall-speedup")
+    overrides = [*_models().overrides(model), f"method={method}", *(fields or ())]
+    import_module("h2cache.eval.cli.tuning").main(overrides, given[0], prompts, trials, seed)
+
+
+@app.command()
+def calibrate(
+    prompts: Annotated[Path, typer.Argument(help="A file, one prompt a line.", exists=True, dir_okay=False)],
+    fields: Annotated[list[str] | None, typer.Argument(help="FIELD=VALUE of configs/calibrate.yaml.")] = None,
+    model: Model = "flux-mini",
+    budget: Annotated[float, typer.Option(min=1, help="How many times fewer steps.")] = 4,
+    out: Annotated[Path, typer.Option("--out", "-o", help="A folder for the plan.")] = Path("plans"),
+) -> None:
+    """Search for the steps worth computing and write them as a plan. Stopped, it goes on with the same command."""
+    asked = [f"budget={budget}", f"out={out}", f"prompts_file={prompts}"]
+    sys.argv[1:] = [*_models().overrides(model), *asked, *(fields or ())]
+    import_module("h2cache.eval.cli.calibrate").main("h2cache calibrate")
+
+
+@app.command()
+def doctor() -> None:
+    """Show what is on this machine and which models can run on it."""
+    from rich.console import Console
+
+    import_module("h2cache.eval.cli.doctor").show(Console())
+
+
+@plans.command()
+def show(file: Annotated[Path, typer.Argument(help="A plan's JSON file.", exists=True, dir_okay=False)]) -> None:
+    """Show what a plan computes, for which model, and what it reached."""
+    import_module("h2cache.eval.cli.plans").show(file)
+
+
+def _draw(
+    command: str,
+    prompt: str,
+    fields: list[str] | None,
+    model: str,
+    method: str,
+    seed: int,
+    out: Path,
+    steps: int | None,
+) -> None:
+    asked = [f"model.num_inference_steps={steps}"] if steps else []
+    settings = [f"method={method}", f"prompt={prompt}", f"seed={seed}", f"out={out}"]
+    sys.argv[1:] = [*_models().overrides(model), *settings, *asked, *(fields or ())]
+    import_module("h2cache.eval.cli.generate").main(f"h2cache {command}")
+
+
+def _models() -> Any:
+    return import_module("h2cache.eval.cli.models")
+
+
+def _needs(extra: str, *libraries: str) -> None:
+    """Exit with a sentence where the extra of the package is not installed."""
+    from importlib.util import find_spec
+
+    if missing := [name for name in libraries if find_spec(name) is None]:
+        typer.echo(f"h2cache: error: {', '.join(missing)} missing: pip install 'h2cache[{extra}]'", err=True)
+        raise typer.Exit(2)
