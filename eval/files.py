@@ -8,7 +8,9 @@ from pathlib import Path
 
 from h2cache.eval.errors import UserError
 
+# The clone; or the installed package, which has configs/, the prompts and the plans as well, but no weights.
 REPOSITORY = Path(__file__).resolve().parent.parent
+IS_CLONE = (REPOSITORY / "pyproject.toml").is_file()
 CONFIGS = REPOSITORY / "configs"
 
 

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline, FluxPipeline
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from h2cache.eval.errors import UserError
-from h2cache.eval.files import REPOSITORY
+from h2cache.eval.files import IS_CLONE, REPOSITORY
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OFFLOADS = ("none", "model", "sequential", "group")
@@ -101,9 +101,11 @@ class ModelConfig:
         for folder in (given, REPOSITORY / given):
             if (folder / "model_index.json").is_file():
                 return str(folder)
+        seen = f"model.path={self.path}: no pipeline there (a folder with a model_index.json), seen from {Path.cwd()}"
+        if given.parts[:1] == ("assets",) and not IS_CLONE:
+            raise UserError(f"{seen}; an installed h2cache has no weights: git clone the repository and run there")
         raise UserError(
-            f"model.path={self.path}: no pipeline there (a folder with a model_index.json), seen from {Path.cwd()} or "
-            f"from {REPOSITORY}; restore it (git checkout) or give the folder of another {self.noun}"
+            f"{seen} or from {REPOSITORY}; restore it (git checkout) or give the folder of another {self.noun}"
         )
 
     @property
