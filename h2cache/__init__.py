@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .config import CacheConfig
     from .h2 import H2CacheConfig
     from .handle import Handle, apply
-    from .plans import Plan, PlanConfig, calibrate
+    from .plans import AtLeast, Plan, PlanConfig, calibrate
     from .plans.scheduler import PlanScheduler
     from .policy.rules import Decision
     from .trace import Trace
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AtLeast",
     "CacheConfig",
     "Decision",
     "H2CacheConfig",
@@ -49,7 +50,7 @@ def __getattr__(name: str) -> Any:
         "config": ("CacheConfig",),
         "h2": ("H2CacheConfig",),
         "handle": ("Handle", "apply"),
-        "plans": ("Plan", "PlanConfig", "calibrate"),
+        "plans": ("AtLeast", "Plan", "PlanConfig", "calibrate"),
         "plans.scheduler": ("PlanScheduler",),
         "policy.rules": ("Decision",),
         "trace": ("Trace",),

@@ -1,4 +1,4 @@
-"""The wheel, and a program run from it alone; `make package` installs it with all it needs into an empty environment."""
+"""The wheel, and a program run from it alone; `make package` installs it with all it needs into an empty venv."""
 
 import os
 import re

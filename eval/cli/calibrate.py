@@ -1,17 +1,20 @@
 """`h2cache calibrate` and `python -m tools.calibrate`: searches for the steps that a model had best compute.
 
 `budget=4`, or `budget=[3,4,6]`. Each plan is a file of a few KB, <model>-<budget>.json in `out`;
-`python run.py method=plan method.plan=FILE` draws with it. A calibration that is stopped goes on where it was.
+`python run.py method=plan method.plan=FILE` draws with it. A search that was stopped goes on where it was.
 """
 
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import hydra
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
@@ -25,31 +28,59 @@ from h2cache.eval.errors import UserError
 from h2cache.eval.files import CONFIGS, REPOSITORY, atomic_files, check_writable
 from h2cache.eval.generation.prompt_lines import prompt_lines
 from h2cache.eval.models.pipelines import ModelConfig, load_pipeline
+from h2cache.plans import Calibration
+from h2cache.plans.calibrate import BUDGETS, PARTS, REFERENCES
 
-SEARCH = ("seed", "history", "ridge", "annealing", "climbing", "annealing_prompts", "batch_size")
+SEARCH = ("reference", "seed", "history", "ridge", "tries", "few", "batch_size")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The fields of configs/calibrate.yaml. `search` are arguments of `h2cache.calibrate`, which checks them."""
+    """The fields of configs/calibrate.yaml. `search` are arguments of `h2cache.plans.Calibration`."""
 
     name: str
     model: ModelConfig
     budgets: tuple[float, ...]
+    steps: int
+    quality: h2cache.AtLeast | None
     images: int
     prompts_file: Path | None
     folder: Path
+    overwrite: bool
     search: dict[str, Any]
 
     def __post_init__(self) -> None:
-        if not self.budgets or any(not isinstance(b, int | float) or isinstance(b, bool) for b in self.budgets):
-            raise UserError(f"budget={list(self.budgets)} is not allowed: it must be a number from 1, or several")
-        if not isinstance(self.images, int) or isinstance(self.images, bool) or self.images < 1:
-            raise UserError(f"images={self.images} is not allowed: it must be a whole number from 1")
+        numbers = {"images": 1, "steps": 1}
+        for name, least in numbers.items() | {"tries": 0, "few": 1, "history": 1, "batch_size": 1}.items():
+            value = getattr(self, name) if name in numbers else self.search[name]
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise UserError(f"{name}={value} is not allowed: it must be a whole number from {least}")
+        sound = [isinstance(b, int | float) and not isinstance(b, bool) and 1 <= b <= self.steps for b in self.budgets]
+        if not self.budgets or not all(sound):
+            raise UserError(
+                f"budget={list(self.budgets)} is not allowed: it must be a number from 1 to the {self.steps} steps, or "
+                "several"
+            )
+        if self.search["reference"] not in REFERENCES:
+            choices = " or ".join(REFERENCES)
+            raise UserError(f"reference={self.search['reference']} is not allowed: it must be {choices}")
+        if self.quality and self.images < 2 * self.quality.prompts_needed:
+            raise UserError(
+                f"images={self.images} is not allowed: fraction={self.quality.fraction:g} with "
+                f"confidence={self.quality.confidence:g} takes {2 * self.quality.prompts_needed} or more"
+            )
+        there = [target for target in self.targets if target.exists()]
+        if there and not self.overwrite:
+            raise UserError(f"{there[0]} is there already: overwrite=true replaces it, out=FOLDER writes elsewhere")
 
-    def target(self, budget: float) -> Path:
-        """The plan's file."""
-        return self.folder / f"{self.name}-{budget:g}.json"
+    @property
+    def targets(self) -> list[Path]:
+        """The plans' files."""
+        wanted = [f"{self.quality.psnr:g}dB"] if self.quality else [f"{budget:g}" for budget in self.budgets]
+        ending = "" if self.search["reference"] == "uncached" else f"-{self.search['reference']}"
+        if self.steps != self.model.num_inference_steps:
+            ending = f"-{self.steps}steps{ending}"
+        return [self.folder / f"{self.name}-{each}{ending}.json" for each in wanted]
 
 
 Prompts = Callable[[Path | None, int, int], list[str]]  # of a file, so many, with a seed
@@ -92,15 +123,21 @@ def main(program: str = "calibrate", prompts: Prompts = of_file) -> None:
 def _settings(cfg: DictConfig, name: str) -> Settings:
     try:
         model = instantiate(cfg.model, _convert_="all")
+        asked = None if cfg.psnr is None else h2cache.AtLeast(cfg.psnr, cfg.fraction, cfg.confidence)
     except InstantiationException as error:
         raise UserError(f"model={name}: {error.__cause__ or error}") from error
+    except ValueError as error:
+        raise UserError(f"psnr={cfg.psnr}: {error}") from error
     return Settings(
         name=name,
         model=model,
         budgets=tuple(cfg.budget) if isinstance(cfg.budget, ListConfig) else (cfg.budget,),
+        steps=model.num_inference_steps if cfg.steps is None else cfg.steps,
+        quality=asked,
         images=cfg.images,
         prompts_file=Path(cfg.prompts_file).expanduser() if cfg.prompts_file else None,
         folder=Path(cfg.out).expanduser() if cfg.out else REPOSITORY / "assets/plans",
+        overwrite=cfg.overwrite,
         search={key: cfg[key] for key in SEARCH},
     )
 
@@ -108,51 +145,99 @@ def _settings(cfg: DictConfig, name: str) -> Settings:
 def run(settings: Settings, prompts_of: Prompts) -> list[str]:
     """Calibrate for each budget, write the plans, and say what they reached."""
     settings.folder.mkdir(parents=True, exist_ok=True)
-    check_writable([settings.target(budget) for budget in settings.budgets])
+    check_writable(settings.targets)
     prompts = prompts_of(settings.prompts_file, settings.images, settings.search["seed"])
     pipe = load_pipeline(settings.model)
-    call = dict(settings.model.call_arguments)
-    steps = call.pop("num_inference_steps")
-    lines = []
-    for budget in settings.budgets:
-        target = settings.target(budget)
+    call = dict(settings.model.call_arguments) | {"num_inference_steps": settings.steps}
+    batch_size, seconds = _fitting_batch(pipe, prompts, settings.search["batch_size"], call)
+    settings.search["batch_size"] = batch_size
+    evaluations = expected_evaluations(settings)
+    print(
+        f"about {evaluations:,} evaluations of the model on one image, at {seconds:.3g} s each: "
+        f"{evaluations * seconds:.0f} s",
+        flush=True,
+    )
+    del call["num_inference_steps"]
+    try:
+        plans = _plans(pipe, prompts, settings, call)
+        return [_written(plan, target) for plan, target in zip(plans, settings.targets, strict=True)]
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _plans(pipe: Any, prompts: Sequence[str], settings: Settings, call: dict[str, Any]) -> Iterator[h2cache.Plan]:
+    if settings.quality:
+        with _bar(settings.targets[0].stem) as show:
+            yield h2cache.calibrate(
+                pipe,
+                prompts,
+                steps=settings.steps,
+                quality=settings.quality,
+                on_progress=show,
+                **settings.search,
+                **call,
+            )
+        return
+    calibration = Calibration(pipe, prompts, settings.steps, **settings.search, **call)
+    for budget, target in zip(settings.budgets, settings.targets, strict=True):
         checkpoint = target.with_suffix(".search")
-        with _bar() as bar:
-            task = bar.add_task(f"{settings.name}, {budget:g}x", total=None, best="recording")
-            try:
-                plan = h2cache.calibrate(
-                    pipe,
-                    prompts,
-                    budget,
-                    steps,
-                    checkpoint=checkpoint,
-                    on_progress=partial(_show, bar, task),
-                    **settings.search,
-                    **call,
-                )
-            except ValueError as error:
-                raise UserError(str(error)) from error
-        with atomic_files([target]) as (file,):
-            plan.save(file)
+        with _bar(target.stem) as show:
+            yield calibration.plan(budget, checkpoint=checkpoint, on_progress=show)
         checkpoint.unlink(missing_ok=True)
-        lines.append(
-            f"{target}: {len(plan.computed)} of {plan.steps} steps computed, {plan.notes['psnr']} dB on "
-            f"{len(prompts)} prompts of the calibration; steps {', '.join(map(str, plan.computed))}"
-        )
-    return lines
+
+
+def _written(plan: h2cache.Plan, target: Path) -> str:
+    with atomic_files([target]) as (file,):
+        plan.save(file)
+    return (
+        f"{target}: {len(plan.computed)} of {plan.steps} steps computed, {plan.notes['psnr']} dB on "
+        f"{plan.notes['prompts']} prompts of the calibration; steps {', '.join(map(str, plan.computed))}"
+        + (f"; {plan.promise}" if plan.promise else "")
+    )
+
+
+def expected_evaluations(settings: Settings) -> int:
+    """At most so many calls of the model on one image, recording included; with a promise, if every budget is tried."""
+    steps, images = settings.steps, settings.images
+    few = min(settings.search["few"], settings.search["batch_size"], images)
+    budgets = [each for each in BUDGETS if each <= steps] if settings.quality else settings.budgets
+    tried = sum(int(steps / budget + 1e-9) * (few * (1 + settings.search["tries"]) + images) for budget in budgets)
+    return images * steps * (PARTS if settings.search["reference"] == "converged" else 1) + tried
+
+
+def _fitting_batch(pipe: Any, prompts: Sequence[str], batch_size: int, call: dict[str, Any]) -> tuple[int, float]:
+    """(the largest batch, halved from `batch_size`, that the memory holds; seconds of the model for one image)."""
+    times: list[float] = []
+
+    def note(*event: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
+
+    hooks = [pipe.transformer.register_forward_pre_hook(note), pipe.transformer.register_forward_hook(note)]
+    try:
+        while True:
+            part = list(prompts[:batch_size])
+            try:
+                pipe(part, output_type="latent", **(call | {"num_inference_steps": 2}))
+                return batch_size, (times[-1] - times[-2]) / len(part)
+            except torch.OutOfMemoryError:
+                if batch_size == 1:
+                    raise UserError("the memory of this device does not hold one image") from None
+                batch_size //= 2
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _show(bar: Progress, task: int, done: int, total: int, best: float) -> None:
     bar.update(task, completed=done, total=total, best=f"{best:.2f} dB")
 
 
-def _bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[best]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
+@contextmanager
+def _bar(title: str) -> Iterator[Any]:
+    """A bar on stderr; yields what to call with (done, total, best)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[best]}"))
+    columns += (TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        yield partial(_show, bar, bar.add_task(title, total=None, best=""))

@@ -1,7 +1,8 @@
 """Plans: which steps of a run are computed, and which weights stand in for the others; how they are made and kept."""
 
-from .calibrate import calibrate
+from .calibrate import Calibration, calibrate
 from .plan import Plan, PlanConfig
+from .promise import AtLeast, Promise
 from .trajectories import Trajectories, record
 
-__all__ = ["Plan", "PlanConfig", "Trajectories", "calibrate", "record"]
+__all__ = ["AtLeast", "Calibration", "Plan", "PlanConfig", "Promise", "Trajectories", "calibrate", "record"]

@@ -1,95 +1,186 @@
-"""`calibrate`: from prompts and a budget to a plan."""
+"""`calibrate`: from prompts and a budget, or a promised quality, to a plan."""
 
-import hashlib
-import json
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from .closed_form import even_steps
+from .path_cost import PathCosts
 from .plan import Plan
-from .search import Search, Steps
+from .promise import AtLeast, Promise, certified, promisable
+from .search import climb
 from .simulate import Simulation
-from .trajectories import record
+from .store import Progress, Store
+from .trajectories import Trajectories, record
 
 REFERENCES = ("uncached", "converged")
-PARTS = 8  # of each step, in runs to the converged solution
-FIT = "least distances"  # what scores in a checkpoint depend on beside what is asked
+PARTS = 2  # that each step is divided into, for the converged reference
+BUDGETS = (2, 2.5, 3, 3.5, 4, 5, 6, 7, 8)  # that a promise is looked for with
+
+OnProgress = Callable[[int, int, float], None]
+
+
+class Calibration:
+    """Runs of a pipeline that were recorded once, and from which a plan for any budget is made.
+
+    A plan costs at most `evaluations(budget)` calls of the model on one image beyond the recording, which costs
+    `recording`. The pipeline is left as it was.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        prompts: Sequence[str],
+        steps: int = 50,
+        *,
+        reference: str = "uncached",
+        seed: int = 0,
+        history: int = 3,
+        ridge: float = 1e-4,
+        tries: int = 30,
+        few: int = 8,
+        batch_size: int = 8,
+        **call_arguments: Any,
+    ):
+        """Record the pipeline on the prompts; see `calibrate`."""
+        _check(0, tries=tries)
+        _check(1, prompts=len(prompts), steps=steps, history=history, few=few, batch_size=batch_size)
+        if reference not in REFERENCES:
+            raise ValueError(f"h2cache.calibrate got reference = {reference!r}: must be one of {', '.join(REFERENCES)}")
+        self.asked = dict(prompts=list(prompts), steps=steps, reference=reference, seed=seed, history=history)
+        self.asked |= dict(ridge=ridge, few=few, **call_arguments)
+        self.history, self.ridge, self.tries, self.reference = history, ridge, tries, reference
+        self.few = min(few, len(prompts), batch_size)
+        parts = PARTS if reference == "converged" else 1
+        self.runs = record(pipe, prompts, steps, seed, batch_size, parts=parts, **call_arguments)
+        self.recording = len(prompts) * steps * parts
+
+    def evaluations(self, budget: float) -> int:
+        """What a plan costs at most, in calls of the model on one image."""
+        count = computed_steps(budget, self.runs.steps)
+        return count * (self.few * (1 + self.tries) + sum(self.runs.sizes))
+
+    @property
+    def noted(self) -> dict[str, Any]:
+        """What the notes of its plans say about it."""
+        return {"reference": self.reference, "prompts": len(self.asked["prompts"]), "seed": self.asked["seed"]}
+
+    @cached_property
+    def costs(self) -> PathCosts:
+        """Of the schedules, over all prompts, each of which has the same weight."""
+        grams = self.runs.grams
+        gram = (grams / grams[:, -1:, -1:].clamp_min(torch.finfo(torch.float64).tiny)).mean(0)
+        return PathCosts(gram.numpy(), self.runs.sigmas, self.ridge)
+
+    def plan(
+        self,
+        budget: float,
+        *,
+        checkpoint: str | Path | None = None,
+        on_progress: OnProgress = lambda done, total, best: None,
+    ) -> Plan:
+        """The plan that computes at most one step in `budget`; see `calibrate`."""
+        count, steps = computed_steps(budget, self.runs.steps), self.runs.steps
+        start = self.costs.cheapest(count).get(count) or even_steps(steps, count)
+        quick = Simulation(self.runs.first(self.few), self.history, self.ridge)
+        store = Store.open(checkpoint, {**self.asked, "count": count, "model": self.runs.conditions.model})
+        score = store.scorer(quick.score, Progress(on_progress, total=1 + self.tries))
+        schedule = climb(start, steps, score, self.costs.of, self.tries)
+        end = Simulation(self.runs, self.history, self.ridge).run(schedule)
+        reached = round(self.runs.decibels(end.latents).mean().item(), 2)
+        return Plan(self.runs.conditions, schedule, end.weights, {"budget": budget, "psnr": reached, **self.noted})
+
+    def images(self, plan: Plan, runs: Trajectories) -> torch.Tensor:
+        """What `plan` draws on recorded prompts."""
+        return runs.decode(Simulation(runs, self.history, self.ridge).follow(plan).latents)
 
 
 def calibrate(
     pipe: Any,
     prompts: Sequence[str],
-    budget: float,
-    steps: int,
+    budget: float | None = None,
+    steps: int = 50,
     *,
-    reference: str = "uncached",
-    seed: int = 0,
-    history: int = 3,
-    ridge: float = 1e-4,
-    annealing: int = 100,
-    climbing: int = 40,
-    annealing_prompts: int = 8,
-    batch_size: int = 8,
+    quality: AtLeast | None = None,
     checkpoint: str | Path | None = None,
-    on_progress: Callable[[int, int, float], None] = lambda done, total, best: None,
-    **call_arguments: Any,
+    on_progress: OnProgress = lambda done, total, best: None,
+    **settings: Any,
 ) -> Plan:
-    """The plan that computes at most one step in `budget` and keeps the images nearest to the uncached ones.
+    """The plan that computes at most one step in `budget` and keeps the images nearest to the reference's.
+
+    For several budgets, record once: `h2cache.plans.Calibration(pipe, prompts, steps, ...).plan(budget)`.
 
     Args:
-        prompts: to calibrate on; do not measure on them afterwards.
-        steps: of a run. `call_arguments` are the pipeline's others, height and width among them.
-        reference: what images are to be near to: "uncached", those of a run of `steps` steps, or "converged", those of
-            eight times as many, which all solvers approach.
-        seed: of the search; prompt i has the noise of seed + i.
-        history, ridge: of the forecasts' weights.
-        annealing, climbing: how many schedules are tried, at most, after up to 24 smooth ones to begin with; these and
-            annealing on the first `annealing_prompts` only, as many as one call takes.
-        batch_size: prompts in one call of the model.
-        checkpoint: a file that keeps what was tried. A calibration that was killed goes on from there when it is asked
-            the same again, and ends with the same plan.
+        prompts: to calibrate on; do not measure on them afterwards. Where a quality is asked for, every other one is
+            held back, to certify on.
+        budget: how many times fewer steps; None where `quality` is given.
+        steps: of a run.
+        quality: the fastest plan is returned for which the held-back prompts certify it, of budgets from 2 to 8.
+        checkpoint: a file that keeps what was tried for a budget. A calibration that was killed goes on from there when
+            it is asked the same again, and ends with the same plan.
         on_progress: called with the number of schedules tried, of how many, and the best PSNR in dB yet.
+        settings: the following, and all others the pipeline's arguments, height and width among them.
 
-    ValueError where something is out of range or the pipeline cannot be calibrated. The pipeline is left as it was.
+            reference: what images are to be near to: "uncached" (default), those of a run of `steps` steps, or
+            "converged", which all solvers approach: a run of twice as many with a better solver.
+            seed: prompt i has the noise of seed + i.
+            history, ridge: outputs that the weights are for, and what keeps them small.
+            tries, few: how many schedules next to the cheapest are tried, and on how many prompts, at most one batch.
+            batch_size: prompts in one call of the model.
+
+    Raises:
+        ValueError: where something is out of range, the pipeline cannot be calibrated, or no plan can promise the
+            quality; it says what the slowest can.
     """
-    count = _count(budget, steps)
-    _check(0, annealing=annealing, climbing=climbing)
-    _check(1, prompts=len(prompts), history=history, annealing_prompts=annealing_prompts, batch_size=batch_size)
-    if reference not in REFERENCES:
-        raise ValueError(f"h2cache.calibrate got reference = {reference!r}: must be one of {', '.join(REFERENCES)}")
-    asked = dict(
-        prompts=list(prompts), count=count, steps=steps, seed=seed, history=history, ridge=ridge, **call_arguments
+    if (budget is None) == (quality is None):
+        raise ValueError("h2cache.calibrate needs budget= or quality=, one of them")
+    if quality is not None:
+        return _promising(pipe, list(prompts), steps, quality, on_progress, settings)
+    computed_steps(budget, steps)
+    return Calibration(pipe, prompts, steps, **settings).plan(budget, checkpoint=checkpoint, on_progress=on_progress)
+
+
+def _promising(
+    pipe: Any, prompts: list[str], steps: int, quality: AtLeast, on_progress: OnProgress, settings: dict[str, Any]
+) -> Plan:
+    """The fastest plan that is certified, with its promise."""
+    own, held = prompts[::2], prompts[1::2]
+    if len(held) < quality.prompts_needed:
+        raise ValueError(
+            f"h2cache.calibrate got {len(prompts)} prompts: to promise {quality.fraction:.0%} with "
+            f"{quality.confidence:.0%} confidence takes {2 * quality.prompts_needed} or more, half of them held back"
+        )
+    calibration = Calibration(pipe, own, steps, **settings)
+    fresh = {**settings, "seed": settings.get("seed", 0) + len(own), "tries": 0}
+    reference = Calibration(pipe, held, steps, **fresh).runs
+    plans: list[Plan] = []
+    scores: list[list[float]] = []
+    for budget in (each for each in BUDGETS if each <= steps):
+        plan = calibration.plan(budget, on_progress=on_progress)
+        images = calibration.images(plan, reference)
+        plans, scores = [*plans, plan], [*scores, quality.scores(images, reference.images)]
+        if certified(quality, scores) != len(plans) - 1:
+            break
+    index = certified(quality, scores)
+    if index is None:
+        best = promisable(scores[0], quality.fraction, quality.confidence)
+        raise ValueError(
+            f"no plan can promise a {quality.name} of {quality.level:g}: the slowest, {len(plans[0].computed)} of "
+            f"{steps} steps, can promise {best:.4g} on {quality.fraction:.0%} of the images with "
+            f"{quality.confidence:.0%} confidence"
+        )
+    below = sum(not score >= quality.level for score in scores[index])
+    promise = Promise(
+        quality.name, quality.level, quality.fraction, quality.confidence, calibration.reference, len(held), below
     )
-    asked |= {"reference": reference} if reference == "converged" else {}
-    parts = PARTS if reference == "converged" else 1
-    few = min(annealing_prompts, len(prompts), batch_size)
-    trajectories = record(pipe, prompts, steps, seed, batch_size, parts=parts, **call_arguments)
-    store = Store.open(checkpoint, {**asked, "model": trajectories.conditions.model, "few": few, "fit": FIT})
-    progress = Progress(on_progress)
-    quick = Simulation(trajectories.first(few), history, ridge)
-    whole = Simulation(trajectories, history, ridge)
-
-    search = Search(steps, count, store.scorer("few", quick, progress), seed)
-    progress.total = len(search.starts()) + 1 + annealing + 1 + climbing
-    schedule = search.anneal(search.start(), annealing)
-    search = Search(steps, count, store.scorer("all", whole, progress), seed)
-    schedule = search.climb(schedule, climbing)
-
-    end = whole.run(schedule)
-    notes = {
-        "budget": budget,
-        "reference": reference,
-        "prompts": len(prompts),
-        "seed": seed,
-        "psnr": round(trajectories.decibels(end.latents).mean().item(), 2),
-    }
-    return Plan(trajectories.conditions, schedule, end.weights, notes)
+    return plans[index].promising(promise)
 
 
-def _count(budget: float, steps: int) -> int:
-    """How many steps may be computed."""
+def computed_steps(budget: float, steps: int) -> int:
+    """How many of `steps` steps a budget leaves. ValueError where it is out of range."""
     if isinstance(budget, bool) or not isinstance(budget, int | float) or not 1 <= budget <= steps:
         raise ValueError(f"h2cache.calibrate got budget = {budget!r}: must be a number from 1 to the {steps} steps")
     return int(steps / budget + 1e-9)
@@ -99,58 +190,3 @@ def _check(least: int, **numbers: int) -> None:
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"h2cache.calibrate got {name} = {value!r}: must be an integer >= {least}")
-
-
-@dataclass
-class Progress:
-    """Counts what was tried, of at most `total`."""
-
-    tell: Callable[[int, int, float], None]
-    total: int = 0
-    done: int = 0
-    best: float = float("-inf")
-
-    def note(self, score: float) -> None:
-        self.done, self.best = self.done + 1, max(self.best, score)
-        self.tell(self.done, self.total, self.best)
-
-
-class Store:
-    """Scores that were paid for, in a file. A search that is repeated with them asks for the same and pays only for
-    what is new: that is how it resumes."""
-
-    def __init__(self, path: Path | None, request: str, known: dict[str, float]):
-        self.path, self.request, self.known = path, request, known
-
-    @classmethod
-    def open(cls, path: str | Path | None, asked: dict[str, Any]) -> "Store":
-        """What is known of a request; nothing, where the file is of another one or not there."""
-        text = json.dumps(asked, sort_keys=True, default=str)
-        request = hashlib.sha256(text.encode()).hexdigest()
-        path = None if path is None else Path(path)
-        if path is not None and path.exists():
-            held = json.loads(path.read_text(encoding="utf-8"))
-            if held["request"] == request:
-                return cls(path, request, held["scores"])
-        return cls(path, request, {})
-
-    def scorer(self, kind: str, simulation: Simulation, progress: Progress) -> Callable[[Steps], float]:
-        """The simulation's score of a schedule, asked once."""
-
-        def score(computed: Steps) -> float:
-            key = f"{kind} {' '.join(map(str, computed))}"
-            if key not in self.known:
-                self.known[key] = simulation.score(computed)
-                self._save()
-            progress.note(self.known[key])
-            return self.known[key]
-
-        return score
-
-    def _save(self) -> None:
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_name(self.path.name + ".part")
-        draft.write_text(json.dumps({"request": self.request, "scores": self.known}), encoding="utf-8")
-        os.replace(draft, self.path)

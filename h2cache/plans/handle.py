@@ -72,6 +72,11 @@ class PlanHandle(Handle):
         """Forget the outputs of the run in progress."""
         self.scheduler.reset()
 
+    def summary(self) -> dict[str, Any]:
+        """See `Trace.summary`; and `promise`, in a sentence, where the plan has one and no transfer is allowed."""
+        promise = None if self._config.allow_transfer else self._config.plan.promise
+        return super().summary() | ({} if promise is None else {"promise": str(promise)})
+
     def held_bytes(self) -> int:
         """Bytes of the outputs that the scheduler holds at this moment; zero once the denoising loop is over."""
         return self.scheduler.held_bytes()

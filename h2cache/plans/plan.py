@@ -17,6 +17,7 @@ from ..config import CacheConfig
 from ..policy.forecasts import Forecast, Hermite, Taylor
 from .closed_form import adams_bashforth_weights, even_steps, forecast_weights
 from .conditions import Conditions
+from .promise import Promise
 
 if TYPE_CHECKING:
     from .handle import PlanHandle
@@ -130,10 +131,35 @@ class Plan:
         """How many computed outputs a forecast looks back on, at most."""
         return max(map(len, self.weights.values()), default=1)
 
+    @property
+    def promise(self) -> Promise | None:
+        """What was certified, under the conditions that it was made for."""
+        return Promise.from_notes(self.notes.get("promise"))
+
+    def promising(self, promise: Promise) -> "Plan":
+        """The same plan with a promise."""
+        return replace(self, notes={**self.notes, "promise": promise.to_notes()})
+
     def segment(self, index: int) -> range:
         """The computed step of that index, and the skipped ones after it."""
         end = self.computed[index + 1] if index + 1 < len(self.computed) else self.steps
         return range(self.computed[index], end)
+
+    def strides(self, index: int, levels: Sequence[float], known: int) -> list[float]:
+        """How far a computed step and the skipped ones after it go along each of the last outputs, newest first.
+
+        Args:
+            index: of the computed step.
+            levels: noise levels, one more than steps.
+            known: outputs that there are; weights of others fall on the newest.
+        """
+        strides: list[float] = []
+        for step in self.segment(index):
+            weights = normalized(self.weights.get(step, (1.0,))[:known])
+            strides += [0.0] * (len(weights) - len(strides))
+            for k, weight in enumerate(weights):
+                strides[k] += (levels[step + 1] - levels[step]) * weight
+        return strides
 
     def under(self, conditions: Conditions, allow_transfer: bool = False) -> "Plan":
         """The plan for a run under these conditions: itself, or resampled to the run's steps where that is allowed.
@@ -154,46 +180,12 @@ class Plan:
     def resampled(self, steps: int) -> "Plan":
         """The plan for another number of steps: computed steps and weights at the same parts of the run.
 
-        Between the steps that weights were fitted for they are interpolated; where the plan had no step in between they
-        carry on the last change, as a line does.
+        Raises:
+            ValueError: for what is no number of steps, and for a plan with weights at computed steps.
         """
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise ValueError(f"Plan.resampled got steps = {steps!r}: must be an integer >= 1")
-        if steps != self.steps and self.weights.keys() & set(self.computed):
-            raise ValueError(
-                f"this plan has weights at computed steps, which are right for {self.steps} steps alone, not for "
-                f"{steps}"
-            )
-        nearest: dict[int, int] = {}  # of the new steps, the computed step that it stands for
-        for step in self.computed:
-            nearest.setdefault(min(round(step * steps / self.steps), steps - 1), step)
-        computed = sorted(nearest)
-        weights = {}
-        for step in sorted(set(range(steps)) - set(computed)):
-            index = max(i for i, earlier in enumerate(computed) if earlier < step)
-            end = computed[index + 1] if index + 1 < len(computed) else steps
-            part = (step - computed[index]) / (end - computed[index])
-            weights[step] = self._between(nearest[computed[index]], part)[: index + 1]
-            weights[step] = normalized(weights[step])
-        sigmas = self.made_for.sigmas if steps == self.steps else None
-        return Plan(replace(self.made_for, steps=steps, sigmas=sigmas), tuple(computed), weights, self.notes)
+        from .resample import resampled  # makes plans
 
-    def _between(self, start: int, part: float) -> tuple[float, ...]:
-        """The weights at a part (0 to 1) of the way from the computed step `start` to the next one."""
-        index = self.computed.index(start)
-        end = self.computed[index + 1] if index + 1 < len(self.computed) else self.steps
-        if end - start == 1:
-            if index == 0:
-                return (1.0,)
-            slope = part / (start - self.computed[index - 1])
-            return 1 + slope, -slope
-        place = start + part * (end - start)
-        low = min(math.floor(place), end - 2)
-        near, far = (self.weights[step] if step != start else (1.0,) for step in (low, low + 1))
-        length = max(len(near), len(far))
-        near, far = (tuple(each) + (0.0,) * (length - len(each)) for each in (near, far))
-        share = min(place - low, 1.0)
-        return tuple((1 - share) * a + share * b for a, b in zip(near, far, strict=True))
+        return resampled(self, steps)
 
     def to_json(self) -> str:
         """Text that `from_json` reads."""

@@ -14,7 +14,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from torch import Tensor
 
 from .conditions import Conditions, described
-from .plan import Plan, normalized
+from .plan import Plan
 
 BASE = FlowMatchEulerDiscreteScheduler.__name__
 
@@ -253,8 +253,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         if len(steps) == 1 and steps.start not in self._run_plan.weights:
             moved = sample.float() + (self.sigmas[index + 1] - self.sigmas[index]) * model_output
         else:
-            moved = sample.float()
-            for stride, output in zip(self._strides(steps, len(outputs)), outputs, strict=False):
+            moved, strides = sample.float(), self._run_plan.strides(index, self._levels, len(outputs))
+            for stride, output in zip(strides, outputs, strict=False):
                 moved = torch.add(moved, output, alpha=stride)  # in float32, whatever the output has
         is_last, is_first = index + 1 == len(self.timesteps), not self._has_begun
         kept = 0 if is_last else self._run_plan.history - 1
@@ -266,16 +266,6 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             self.watcher.note(steps, timesteps, len(sample), is_first)
         moved = moved.to(sample.dtype)
         return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
-
-    def _strides(self, steps: range, known: int) -> list[float]:
-        """How far a computed step and the skipped ones after it go along each of `known` outputs, newest first."""
-        strides: list[float] = []
-        for step in steps:
-            weights = normalized(self._run_plan.weights.get(step, (1.0,))[:known])
-            strides += [0.0] * (len(weights) - len(strides))
-            for k, weight in enumerate(weights):
-                strides[k] += (self._levels[step + 1] - self._levels[step]) * weight
-        return strides
 
     def held_bytes(self) -> int:
         """Bytes of the outputs that are held at this moment."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .plan import Plan
 from .trajectories import Trajectories
 from .weights import combine, fit_weights
 
@@ -58,6 +59,17 @@ class Simulation:
             fitted = fit_weights(history, runs.needed(step, state.latents), self.ridge)
             output, weights = combine(fitted, history), {**state.weights, step: fitted}
         return State(runs.advance(step, state.latents, output), history, weights)
+
+    def follow(self, plan: Plan) -> State:
+        """The end of a run with a plan's own weights, on the reference's noise levels."""
+        runs = self.trajectories
+        state, history = State(runs.latents[0], (), plan.weights), ()
+        for step in range(runs.steps):
+            if step in plan.computed:
+                history = (runs.compute(step, state.latents), *history)[: plan.history]
+            output = combine(plan.weights.get(step, (1.0,)), history)
+            state = State(runs.advance(step, state.latents, output), history, plan.weights)
+        return state
 
     def score(self, computed: tuple[int, ...]) -> float:
         """PSNR in dB of the final images, mean over the prompts."""

@@ -10,8 +10,9 @@ from torch import Tensor
 from ..adapters.block_call import select_rows
 from ..runtime.interception import interception_of
 from .conditions import Conditions, described, digest
+from .promise import psnr
 
-DIGITS = 4  # significant ones of a noise level in a plan
+DIGITS = 6  # significant ones of a noise level in a plan
 NEEDS_EULER = "h2cache.calibrate needs a scheduler that makes Euler steps, such as FlowMatchEulerDiscreteScheduler"
 TOLERANCE = 1e-2  # of one recorded step, relative, for Euler's rule to be recognised; bfloat16 rounds coarsely
 
@@ -27,7 +28,9 @@ class Trajectories:
         timesteps: of each step, (1,), as the call takes them.
         sigmas: noise levels, one more than steps.
         latents: of the reference, before each step and after the last, (prompts, N, C).
-        decode: final latents to images in 0..1, (prompts, values).
+        grams: (prompts, 2 * steps + 1, 2 * steps + 1), inner products of the outputs at all steps and of the latents
+            before all steps and after the last, less the first; for `PathCosts`.
+        decode: final latents to images in 0..1, (prompts, 3, H, W).
     """
 
     model: Callable[..., Any]
@@ -37,6 +40,7 @@ class Trajectories:
     timesteps: list[Tensor]
     sigmas: list[float]
     latents: list[Tensor]
+    grams: Tensor
     decode: Callable[[Tensor], Tensor]
 
     def __post_init__(self) -> None:
@@ -76,12 +80,11 @@ class Trajectories:
             for name, value in self.calls[0].items()
         }
         latents = [each[:count] for each in self.latents]
-        return replace(self, calls=[call], sizes=[count], latents=latents)
+        return replace(self, calls=[call], sizes=[count], latents=latents, grams=self.grams[:count])
 
     def decibels(self, latents: Tensor) -> Tensor:
-        """(prompts,): how near the images of these final latents are to the uncached ones, PSNR in dB."""
-        error = (self.decode(latents) - self.images).square().mean(dim=1)
-        return -10 * error.clamp_min(1e-12).log10()
+        """(prompts,): how near the images of these final latents are to the reference's, PSNR in dB."""
+        return psnr(self.decode(latents), self.images)
 
 
 @torch.no_grad()
@@ -98,8 +101,8 @@ def record(
     """Run the pipeline on the prompts, prompt i with the noise of `seed + i`.
 
     Args:
-        parts: that each step is divided into, each of which calls the model. Only where the steps begin is recorded:
-            with many parts these are latents on the way to the converged solution.
+        parts: that each step is divided into, each of which calls the model, with a solver of second order. Only where
+            the steps begin is recorded: these are latents on the way to the converged solution.
 
     Raises:
         ValueError: where it does not call its transformer once a step, or its scheduler's step is not Euler's.
@@ -115,7 +118,7 @@ def record(
     if parts > 1:
         pipe.scheduler = Divided.of(own, parts)
     hook = pipe.transformer.register_forward_hook(seen, with_kwargs=True)
-    calls, sizes, latents, final = [], [], [], []
+    calls, sizes, latents, final, grams = [], [], [], [], []
     try:
         for start in range(0, len(prompts), batch_size):
             part = list(prompts[start : start + batch_size])
@@ -132,6 +135,7 @@ def record(
             calls.append(seen.arguments)
             sizes.append(len(part))
             latents.append(list(seen.latents))
+            grams.append(_gram(seen.outputs, [*seen.latents, final[-1]]))
         used = pipe.scheduler
     finally:
         hook.remove()
@@ -144,11 +148,27 @@ def record(
     model, scheduler = digest(pipe.transformer), described(pipe.scheduler)
     conditions = Conditions(model, scheduler, steps, guidance, whole[0].shape[1], levels)
     trajectories = Trajectories(
-        pipe.transformer, conditions, calls, sizes, seen.timesteps, sigmas, whole, decoder(pipe, call_arguments)
+        model=pipe.transformer,
+        conditions=conditions,
+        calls=calls,
+        sizes=sizes,
+        timesteps=seen.timesteps,
+        sigmas=sigmas,
+        latents=whole,
+        grams=torch.cat(grams),
+        decode=decoder(pipe, call_arguments),
     )
     last = slice(-sizes[-1], None)
     _check_euler(whole[0][last], first_stride, seen)
     return trajectories
+
+
+def _gram(outputs: Sequence[Tensor], latents: Sequence[Tensor]) -> Tensor:
+    """See `Trajectories.grams`; of one batch."""
+    vectors = [each.double().flatten(1) for each in (*outputs, *latents)]
+    first = vectors[len(outputs)]
+    rows = torch.stack(vectors[: len(outputs)] + [each - first for each in vectors[len(outputs) :]], dim=1)
+    return (rows @ rows.mT).cpu()
 
 
 class _Calls:
@@ -163,7 +183,7 @@ class _Calls:
         self.latents: list[Tensor] = []
         self.timesteps: list[Tensor] = []
         self.arguments: dict[str, Any] = {}
-        self.first_output: Tensor | None = None
+        self.outputs: list[Tensor] = []
         self.second_latents: Tensor | None = None
 
     def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -175,9 +195,8 @@ class _Calls:
         if self.count % self.every == 0:
             self.latents.append(latents)
             self.timesteps.append(timestep)
-        if self.count == 0:
-            self.first_output = output[0]
-        elif self.count == 1:
+            self.outputs.append(output[0])
+        if self.count == 1:
             self.second_latents = latents
         self.count += 1
 
@@ -187,12 +206,12 @@ def _check_euler(before: Tensor, stride: float, seen: _Calls) -> None:
     if seen.second_latents is None:
         return
     moved = seen.second_latents.float() - before.float()
-    if (moved - stride * seen.first_output.float()).norm() > TOLERANCE * moved.norm():
+    if (moved - stride * seen.outputs[0].float()).norm() > TOLERANCE * moved.norm():
         raise ValueError(NEEDS_EULER)
 
 
 def decoder(pipe: Any, call_arguments: dict[str, Any], at_once: int = 4) -> Callable[[Tensor], Tensor]:
-    """From final latents to pixels in 0..1 as the pipeline decodes them, (prompts, values), `at_once` at a time."""
+    """From final latents to pixels in 0..1 as the pipeline decodes them, (prompts, 3, H, W), `at_once` at a time."""
     height, width = call_arguments["height"], call_arguments["width"]
     vae = pipe.vae
 
@@ -202,7 +221,7 @@ def decoder(pipe: Any, call_arguments: dict[str, Any], at_once: int = 4) -> Call
             for part in latents.split(at_once):
                 unpacked = pipe._unpack_latents(part, height, width, pipe.vae_scale_factor)
                 scaled = unpacked / vae.config.scaling_factor + vae.config.shift_factor
-                yield (vae.decode(scaled.to(vae.dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1).flatten(1)
+                yield (vae.decode(scaled.to(vae.dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
 
         return torch.cat(list(images()))
 

@@ -39,8 +39,8 @@ def fit_weights(history: Sequence[Tensor], target: Tensor, ridge: float) -> tupl
 
 
 def combine(weights: Sequence[float], history: Sequence[Tensor]) -> Tensor:
-    """`sum_k weights[k] * history[k]`."""
+    """`sum_k weights[k] * history[k]`, over as many as there are weights."""
     total = history[0] * weights[0]
-    for weight, output in zip(weights[1:], history[1:], strict=True):
+    for weight, output in zip(weights[1:], history[1:], strict=False):
         total = torch.add(total, output, alpha=weight)
     return total

@@ -5,6 +5,7 @@ from h2cache.eval.report.tables.equal_work import EqualWork
 from h2cache.eval.report.tables.grid import GridTable
 from h2cache.eval.report.tables.jitter import JitterTable
 from h2cache.eval.report.tables.matched import MatchedTable
+from h2cache.eval.report.tables.promise import Promise
 from h2cache.eval.report.tables.spectrum import ErrorSpectrum
 from h2cache.eval.report.tables.spread import SpreadTable
 from h2cache.eval.report.tables.summary import SummaryTable
@@ -18,6 +19,7 @@ __all__ = [
     "GridTable",
     "JitterTable",
     "MatchedTable",
+    "Promise",
     "SpreadTable",
     "SummaryTable",
     "ThroughputTable",

@@ -1,7 +1,6 @@
 """Calibration: what it fits, how it searches, that it can be stopped, and that its plan does what it simulated."""
 
-import random
-from itertools import pairwise
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,15 +9,15 @@ from plans import PLAN
 from tiny import TEXT_TOKENS
 
 import h2cache
-from h2cache import H2CacheConfig, PlanConfig
-from h2cache.plans import record
-from h2cache.plans.search import Search, spread
+from h2cache import H2CacheConfig, Plan, PlanConfig
+from h2cache.plans import Calibration, record
+from h2cache.plans.search import climb, neighbours
 from h2cache.plans.simulate import Simulation
 from h2cache.plans.weights import fit_weights
 
 CALL = dict(height=32, width=64, guidance_scale=3.5, max_sequence_length=TEXT_TOKENS)
 PROMPTS = ["a red sign", "TEA", "a blue label"]
-QUICK = dict(annealing=6, climbing=4, annealing_prompts=2, batch_size=2)
+QUICK = dict(tries=8, few=2, batch_size=2)
 STEPS = 9
 
 
@@ -49,11 +48,11 @@ def test_its_plan_is_followed_in_the_pipeline_as_it_was_simulated(tiny_pipe):
 
 
 def test_towards_the_converged_solution_it_is_nearer_to_that(tiny_pipe):
-    """Where eight times as many steps lead; the other plan is nearer to the run of these steps."""
+    """Where twice as many steps of a better solver lead; the other plan is nearer to the run of these steps."""
     plans = {name: calibrated(tiny_pipe, reference=name) for name in ("uncached", "converged")}
     assert plans["converged"].notes["reference"] == "converged"
     ends = {}
-    for name, parts in (("uncached", 1), ("converged", 8)):
+    for name, parts in (("uncached", 1), ("converged", 2)):
         runs = record(tiny_pipe, PROMPTS, STEPS, seed=0, batch_size=3, parts=parts, **CALL)
         ends[name] = runs.latents[-1]
     noise = {name: [torch.Generator().manual_seed(seed) for seed in range(3)] for name in plans}
@@ -81,7 +80,7 @@ def test_a_calibration_that_was_stopped_goes_on(tiny_pipe, tmp_path):
     checkpoint = tmp_path / "search.json"
 
     def stop(done, total, best):
-        if done == 7:
+        if done == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -93,7 +92,7 @@ def test_a_calibration_that_was_stopped_goes_on(tiny_pipe, tmp_path):
     assert len(resumed) < len(anew)
     with attentions(tiny_pipe.transformer) as other:  # another request does not take these answers for its own
         calibrated(tiny_pipe, checkpoint=checkpoint, seed=1)
-    assert len(other) >= len(anew) - 5
+    assert len(other) >= len(anew) - 8
 
 
 def test_progress_counts_up_and_the_best_never_falls(tiny_pipe):
@@ -101,7 +100,7 @@ def test_progress_counts_up_and_the_best_never_falls(tiny_pipe):
     calibrated(tiny_pipe, on_progress=lambda *news: told.append(news))
     done, totals, best = zip(*told, strict=True)
     assert done == tuple(range(1, len(told) + 1)) and len(set(totals)) == 1
-    assert totals[0] - QUICK["annealing"] - QUICK["climbing"] <= done[-1] <= totals[0]
+    assert done[-1] <= totals[0] == 1 + QUICK["tries"]
     assert list(best) == sorted(best)
 
 
@@ -117,10 +116,10 @@ def test_the_pipeline_is_left_as_it_was(tiny_pipe):
         (dict(budget=0.5), "budget"),
         (dict(budget=STEPS + 1), "budget"),
         (dict(history=0), "history"),
-        (dict(annealing=-1), "annealing"),
+        (dict(tries=-1), "tries"),
         (dict(batch_size=0), "batch_size"),
         (dict(reference="truth"), "uncached, converged"),
-        (dict(annealing_prompts=0), "annealing_prompts"),
+        (dict(few=0), "few"),
         (dict(negative_prompt="grey", true_cfg_scale=2.0), "one a step"),
     ],
 )
@@ -140,7 +139,7 @@ def test_recording_is_the_pipeline_s_own_run(tiny_pipe):
     runs = record(tiny_pipe, PROMPTS, STEPS, seed=5, batch_size=2, **CALL)
     noise = [torch.Generator().manual_seed(5 + i) for i in range(3)]
     images = tiny_pipe(PROMPTS, generator=noise, num_inference_steps=STEPS, output_type="pt", **CALL).images
-    torch.testing.assert_close(runs.images, images.flatten(1), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(runs.images, images, rtol=1e-3, atol=1e-3)
     for step in range(STEPS):
         output = runs.compute(step, runs.latents[step])
         reached = runs.advance(step, runs.latents[step], output)
@@ -200,50 +199,79 @@ def test_the_ridge_keeps_weights_of_like_outputs_small():
     assert sum(fit_weights(same, base + change, ridge=1e-4)) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("power", [1.0, 1.4, 2.0])
-@pytest.mark.parametrize(("count", "head"), [(1, 1), (2, 1), (5, 2), (12, 1), (12, 6), (19, 4), (20, 1)])
-def test_smooth_schedules_have_as_many_steps_as_asked_and_reach_the_end(power, count, head):
-    chosen = spread(20, count, head, power)
-    assert chosen[:head] == tuple(range(head)) and len(chosen) == count
-    assert all(a < b for a, b in pairwise(chosen))
-    assert chosen[-1] == {1: 0, 20: 19}.get(count, 18)
-
-
-def test_even_and_dense_schedules():
-    assert spread(20, 4, 1, 1.0) == (0, 6, 12, 18)
-    assert spread(20, 4, 1, 2.0) == (0, 2, 8, 18)
-    assert spread(20, 6, 3, 1.0) == (0, 1, 2, 7, 13, 18)
-
-
-def test_the_search_begins_with_the_best_smooth_schedule():
-    asked = []
-    wanted = spread(20, 6, 3, 1.4)
-    assert Search(20, 6, lambda c: asked.append(c) or distance(wanted)(c), seed=0).start() == wanted
-    assert len(asked) == len(set(asked)) > 5 and not any(c[:4] == (0, 1, 2, 3) for c in asked)
-    assert Search(20, 1, lambda c: 0, seed=0).starts() == [(0,)]
-
-
 def distance(wanted):
     """A score that is best at `wanted`."""
     return lambda computed: -sum(abs(a - b) for a, b in zip(computed, wanted, strict=True))
 
 
 def test_climbing_reaches_the_top_where_there_is_one():
-    search = Search(20, 4, distance((0, 2, 9, 17)), seed=0)
-    assert search.climb((0, 5, 10, 15), 1000) == (0, 2, 9, 17)
+    wanted = (0, 2, 9, 17)
+    assert climb((0, 5, 10, 15), 20, distance(wanted), lambda each: 0, 1000) == wanted
     asked = []
-    limited = Search(20, 4, lambda c: asked.append(c) or distance((0, 2, 9, 17))(c), seed=0)
-    limited.climb((0, 5, 10, 15), 3)
+    climb((0, 5, 10, 15), 20, lambda each: asked.append(each) or 0, lambda each: 0, 3)
     assert len(asked) == 4  # the start, and three neighbours
 
 
-def test_annealing_leaves_a_valley_and_returns_the_best_it_saw():
-    """A score with a better top beyond a dip that no single step crosses upwards."""
-    tops = distance((0, 3)), distance((0, 15))
+def test_the_cheapest_neighbours_are_tried_first():
+    asked = []
+    score = lambda each: asked.append(each) or distance((0, 5, 10, 17))(each)  # noqa: E731
+    climb((0, 5, 10, 15), 20, score, lambda each: -each[-1], 1)
+    assert asked == [(0, 5, 10, 15), (0, 5, 10, 16)]
 
-    def score(computed):
-        return max(tops[0](computed), 4 + tops[1](computed))
 
-    best = Search(20, 2, score, seed=random.Random(0).randrange(99), hottest=5.0, coldest=0.5).anneal((0, 3), 300)
-    assert best == (0, 15)
-    assert Search(20, 2, score, seed=0).climb((0, 3), 1000) == (0, 3)
+def test_neighbours_stay_schedules():
+    assert set(neighbours((0, 1, 3), 4)) == {(0, 2, 3), (0, 1, 2)}
+    assert neighbours((0,), 4) == []
+
+
+def test_one_recording_serves_every_budget(tiny_pipe):
+    """Each plan is that of a calibration of its own, and costs what was said beforehand."""
+    calibration = Calibration(tiny_pipe, PROMPTS, STEPS, **{**QUICK, **CALL})
+    for budget in (2, 3, 9):
+        with evaluations(tiny_pipe.transformer) as counted:
+            plan = calibration.plan(budget)
+        assert plan == calibrated(tiny_pipe, budget=budget)
+        assert sum(counted) <= calibration.evaluations(budget)
+    assert calibration.recording == len(PROMPTS) * STEPS
+
+
+@contextmanager
+def evaluations(transformer):
+    """The number of images in each call of the model."""
+    counted = []
+    hook = transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: counted.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    try:
+        yield counted
+    finally:
+        hook.remove()
+
+
+PROMISED = dict(fraction=0.5, confidence=0.6)  # two held-back prompts, of which none may fail
+
+
+def test_the_fastest_plan_that_keeps_the_quality_is_returned(tiny_pipe):
+    prompts = ["a red sign", "TEA", "a blue label", "BREAD"]
+    plan = h2cache.calibrate(
+        tiny_pipe, prompts, steps=STEPS, quality=h2cache.AtLeast(psnr=1, **PROMISED), **{**QUICK, **CALL}
+    )
+    assert len(plan.computed) == 1  # of nine steps, eight times fewer: anything has 1 dB
+    assert plan.promise.level == 1 and plan.promise.prompts == 2 and plan.promise.failures == 0
+    again = Plan.from_json(plan.to_json())
+    assert again.promise == plan.promise
+    with h2cache.apply(tiny_pipe, PlanConfig(again)) as handle:
+        assert handle.summary()["promise"] == str(plan.promise)
+        handle.update(allow_transfer=True)
+        assert "promise" not in handle.summary()
+
+
+def test_what_nobody_can_promise_is_refused_with_what_can(tiny_pipe):
+    prompts = ["a red sign", "TEA", "a blue label", "BREAD"]
+    asked = h2cache.AtLeast(psnr=119, **PROMISED)
+    with pytest.raises(ValueError, match=r"the slowest, 4 of 9 steps, can promise \d"):
+        h2cache.calibrate(tiny_pipe, prompts, steps=STEPS, quality=asked, **{**QUICK, **CALL})
+    with pytest.raises(ValueError, match="takes 90 or more"):
+        h2cache.calibrate(tiny_pipe, prompts, steps=STEPS, quality=h2cache.AtLeast(psnr=40), **CALL)
+    with pytest.raises(ValueError, match="one of them"):
+        h2cache.calibrate(tiny_pipe, prompts, 3, STEPS, quality=asked, **CALL)

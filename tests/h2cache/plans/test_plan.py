@@ -11,6 +11,7 @@ from plans import PLAN, WEIGHTS
 
 from h2cache import Plan, PlanConfig
 from h2cache.plans.conditions import Conditions
+from h2cache.plans.promise import Promise
 
 
 def test_a_plan_is_a_small_file_that_reads_back_equal(tmp_path):
@@ -117,3 +118,19 @@ def test_the_identity_of_a_plan_without_noise_levels_is_that_of_stored_records()
     assert set(fields["plan"]["made_for"]) == {"model", "scheduler", "steps", "guidance", "image_tokens"}
     known = replace(PLAN, made_for=Conditions(steps=2, sigmas=(1.0, 0.5)), computed=(0, 1), weights={})
     assert PlanConfig(known).identity()["fields"]["plan"]["made_for"]["sigmas"] == (1.0, 0.5)
+
+
+def test_a_transfer_that_skips_nothing_says_so(caplog):
+    """Of eight steps PLAN computes four; of three, all."""
+    assert len(PLAN.resampled(3).computed) == 3
+    assert "skips none of 3 steps" in caplog.text
+    caplog.clear()
+    assert len(PLAN.resampled(6).computed) < 6 and Plan.euler(8).resampled(4).steps == 4
+    assert not caplog.text
+
+
+def test_a_promise_is_not_transferred():
+    promise = Promise("PSNR", 40.0, 0.95, 0.9, "uncached", 80, 1)
+    plan = PLAN.promising(promise)
+    assert plan == PLAN and Plan.from_json(plan.to_json()).promise == promise
+    assert plan.resampled(6).promise is None and PLAN.promise is None
