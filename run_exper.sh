@@ -39,6 +39,11 @@ done
 
 model=${MODEL:-flux-mini}
 out=${OUT:-results/$model}
+for argument in "$@"; do
+    case $argument in
+        out=*) out=${argument#out=} ;;
+    esac
+done
 arguments=("model=$model" "launcher=${LAUNCHER:-local}" "out=$out")
 if [[ -n ${EXPERIMENTS:-} ]]; then
     read -ra names <<<"${EXPERIMENTS//,/ }"

@@ -19,6 +19,7 @@ APART = 0.11  # of the axis, from one tick to the next
 HEIGHT = 2.6  # inches of the axes with their labels
 FEW = 9  # methods that a column has room for
 HANDLE = 0.55  # inches of a line in the legend and what is around it
+OTHER = Look("#b5b5b5", ".", (0, (1, 1)))  # of methods that are not told apart
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,9 @@ class Frontier(FigureOutput):
     """Every setting of every method at (`gain`, `quality`); see `measure` for the names.
 
     A method's line joins those of its settings that none of its own beats in both respects, the others are hollow; the
-    grey band joins those that no setting of any method beats. `intervals`: bars of 95 % confidence over prompts. The
-    baseline is a level where it has a finite quality.
+    grey band is the best quality that any setting has for this gain. `intervals`: bars of 95 % confidence over prompts.
+    The baseline is a level where it has a finite quality. `named`: the methods to tell apart, of which the experiment
+    has too many; the others are grey. None: all.
     """
 
     name: str = "frontier"
@@ -53,6 +55,7 @@ class Frontier(FigureOutput):
     gain: str = "denoising_speedup"
     quality: str = "psnr"
     intervals: bool = False
+    named: tuple[str, ...] | None = None
 
     def draw(self, results: Results) -> Drawn | None:
         gain, quality = measure(results, self.gain), measure(results, self.quality)
@@ -62,7 +65,8 @@ class Frontier(FigureOutput):
         if not cached:
             return None
         looks = looks_of(results.frame["method"])
-        methods = list(dict.fromkeys(point.method for point in cached))
+        everyone = list(dict.fromkeys(point.method for point in cached))
+        methods = [method for method in everyone if self.named is None or method in self.named]
         overall = pareto(cached, gain, quality)
         width = COLUMN if len(methods) <= FEW else PAGE
         columns = max(1, int(width / (HANDLE + max(map(text_width, [*methods, "overall frontier"])))))
@@ -70,15 +74,19 @@ class Frontier(FigureOutput):
         height = HEIGHT if len(methods) <= FEW else 2 * HEIGHT
         figure = Figure(figsize=(width, height + LINE * (1 + lines)), layout="constrained")
         ax = figure.subplots()
-        ax.plot([p.x for p in overall], [p.y for p in overall], color="#cfcfcf", linewidth=5, zorder=1, gid="pareto")
-        for method in methods:
+        band = {"color": "#cfcfcf", "linewidth": 5, "zorder": 1, "gid": "pareto"}
+        steps = "steps-pre" if gain.more_is_better else "steps-post"
+        ax.plot([p.x for p in overall], [p.y for p in overall], drawstyle=steps, **band)
+        for method in everyone:
             own = [point for point in cached if point.method == method]
-            _draw_method(ax, own, pareto(own, gain, quality), looks[method], self.intervals)
+            look = looks[method] if method in methods else OTHER
+            _draw_method(ax, own, pareto(own, gain, quality), look, self.intervals)
         level = [point.y for point in shown if point.method == BASELINE]
         for y in level:
             ax.axhline(y, color=looks[BASELINE].colour, linewidth=0.8, linestyle=(0, (1, 2)), gid="baseline")
         _axes(ax, gain, quality, [point.x for point in cached])
         handles = [_handle(method, looks[method]) for method in methods]
+        handles += [_handle("others", OTHER)] * (len(methods) < len(everyone))
         handles.append(Line2D([], [], color="#cfcfcf", linewidth=5, label="overall frontier"))
         if level:
             handles.append(Line2D([], [], color=looks[BASELINE].colour, linestyle=(0, (1, 2)), label="no cache"))
@@ -91,8 +99,7 @@ class Frontier(FigureOutput):
         better = "higher" if quality.more_is_better else "lower"
         text = (
             f"Each point is a setting over {images} prompts; {better} is better. Lines join a method's settings that "
-            "none of its own beats in both respects (hollow: beaten), the grey band those that no setting of any "
-            "method beats."
+            "none of its own beats in both respects (hollow: beaten), the grey band is the best that any setting has."
         )
         if self.intervals:
             text += " Bars: 95 % confidence over prompts."

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from scipy import stats
 
 from h2cache.eval.generation.features import Features, forecast_errors, recorded
@@ -60,8 +60,9 @@ class Gaussianity(FigureOutput):
         cases = _quantiles(quantiles, features, kurtosis)
         gains.scatter(departure, gain, s=12, color=BLACK)
         gains.set_xscale("log")
+        gains.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         gains.xaxis.set_major_formatter(PLAIN)
-        gains.xaxis.set_minor_formatter(NullFormatter())
+        gains.xaxis.set_minor_locator(NullLocator())
         gains.axhline(0, color=GREY, linewidth=0.6)
         gains.set_xlabel("median |excess kurtosis|")
         gains.set_ylabel("less error by Hermite, %")

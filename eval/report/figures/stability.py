@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from h2cache.eval.generation.features import forecast_errors, recorded
 from h2cache.eval.report.figures.output import Drawn, FigureOutput
@@ -59,8 +59,9 @@ class Stability(FigureOutput):
                         label=label,
                     )
             ax.set_yscale("log")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             ax.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
-            ax.yaxis.set_minor_formatter(NullFormatter())
+            ax.yaxis.set_minor_locator(NullLocator())
             ax.set_title(f"interval {interval}")
             ax.set_xlabel("order")
             ax.set_xticks(self.orders)

@@ -1,0 +1,50 @@
+"""What a run made is kept without its images, and the tables of the docs are made anew from it."""
+
+import json
+
+import pytest
+
+from tools.keep_results import fill, keep
+
+TABLE = "### T\n\n| setting | a, dB | b |\n|---|---:|---:|\n| Baseline | 1 | 2 |\n| H2\\|x | 3 | 4 |\n\n- note\n"
+
+
+@pytest.fixture
+def kept(tmp_path):
+    run = tmp_path / "run/table1"
+    run.mkdir(parents=True)
+    (run / "summary.md").write_text(TABLE)
+    for name in ("summary.csv", "summary.pdf", "measurements.csv", "figure.png"):
+        (run / name).touch()
+    (tmp_path / "run/records").mkdir()
+    (tmp_path / "run/records/a.png").touch()
+    (tmp_path / "run/environment.json").write_text(json.dumps({"command": "python -m eval out=/a/b limit=3"}))
+    old = tmp_path / "kept/table1"
+    old.mkdir(parents=True)
+    (old / "gone.md").touch()
+    keep(tmp_path / "run", tmp_path / "kept")
+    return tmp_path / "kept"
+
+
+def test_tables_and_figures_are_kept(kept):
+    assert sorted(file.name for file in kept.rglob("*.*")) == [
+        "environment.json",
+        "figure.png",
+        "summary.csv",
+        "summary.md",
+    ]
+    assert json.loads((kept / "environment.json").read_text()) == {"command": "python -m eval limit=3"}
+
+
+def test_a_table_is_made_anew_with_the_columns_and_rows_asked_for(kept):
+    opening = "<!-- table table1/summary; columns: b | setting; rows: Baseline -->"
+    filled = fill(f"before\n{opening}\nold\n<!-- /table -->\nafter", kept)
+    assert filled == f"before\n{opening}\n| b | setting |\n| ---: | --- |\n| 2 | Baseline |\n<!-- /table -->\nafter"
+    assert fill(filled, kept) == filled
+    everything = fill("<!-- table table1/summary -->\n<!-- /table -->", kept)
+    assert everything.count("\n") == 5 and "| H2\\|x | 3 | 4 |" in everything
+
+
+def test_what_is_not_there_is_named(kept):
+    with pytest.raises(ValueError, match="table1/summary has no 'c', but setting, a, dB, b"):
+        fill("<!-- table table1/summary; columns: c -->\n<!-- /table -->", kept)

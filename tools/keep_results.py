@@ -1,0 +1,84 @@
+"""Keeps what a run of the experiments made: `python -m tools.keep_results results/flux-mini`.
+
+Tables and figures go to docs/results, without the images, the records and the page. In README.md and docs/*.md a table
+between two comments is made anew from the one that it names, with the columns and rows that it asks for (all, if none):
+
+    <!-- table table1/summary; columns: setting | evaluations; rows: Baseline | UniPC -->
+    <!-- /table -->
+"""
+
+import argparse
+import json
+import re
+import shutil
+from pathlib import Path
+
+from h2cache.eval.files import REPOSITORY, atomic_files
+
+KEPT = (".md", ".csv", ".tex", ".png")
+RESULTS = REPOSITORY / "docs/results"
+PLACE = re.compile(r"(<!-- table ([\w./-]+)(.*?) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+def keep(run: Path, target: Path = RESULTS) -> list[Path]:
+    """Copy the tables and figures of `run` in the place of those of earlier runs; returns the experiments' folders."""
+    made = sorted(file.parent for file in run.glob("*/*.md"))
+    folders = list(dict.fromkeys(made))
+    for folder in folders:
+        shutil.rmtree(target / folder.name, ignore_errors=True)
+        (target / folder.name).mkdir(parents=True)
+        for file in sorted(folder.iterdir()):
+            if file.suffix in KEPT and file.name != "measurements.csv":
+                shutil.copy(file, target / folder.name)
+    facts = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    facts["command"] = " ".join(word for word in facts["command"].split() if not word.startswith("out="))
+    (target / "environment.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return folders
+
+
+def fill(text: str, results: Path = RESULTS) -> str:
+    """`text` with every table in it made anew. ValueError for a row or column that is not there."""
+
+    def table(match: re.Match) -> str:
+        opening, name, asked, closing = match.groups()
+        lines = (results / f"{name}.md").read_text(encoding="utf-8").splitlines()
+        header, align, *rows = [_cells(line) for line in lines if line.startswith("|")]
+        columns = [_index(header, column, name) for column in _asked(asked, "columns") or header]
+        known = [row[0] for row in rows]
+        chosen = [rows[_index(known, row, name)] for row in _asked(asked, "rows") or known]
+        kept = [[row[column] for column in columns] for row in (header, align, *chosen)]
+        return opening + "".join(f"| {' | '.join(row)} |\n" for row in kept) + closing
+
+    return PLACE.sub(table, text)
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+def _asked(text: str, name: str) -> list[str]:
+    found = re.search(rf"{name}: ([^;]*)", text)
+    return [each.strip() for each in re.split(r" *\| *", found[1])] if found else []
+
+
+def _index(names: list[str], name: str, table: str) -> int:
+    if name not in names:
+        raise ValueError(f"{table} has no {name!r}, but {', '.join(names)}")
+    return names.index(name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="the folder that run_exper.sh wrote")
+    folders = keep(parser.parse_args().run)
+    for page in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))):
+        text = page.read_text(encoding="utf-8")
+        filled = fill(text)
+        if filled != text:
+            with atomic_files([page]) as (file,):
+                file.write_text(filled, encoding="utf-8")
+    print(f"docs/results: {', '.join(folder.name for folder in folders)}")
+
+
+if __name__ == "__main__":
+    main()
