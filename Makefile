@@ -2,6 +2,7 @@
 # make test [ARGS='-k timeline'] [WORKERS=4]  run the tests in two processes or more; the arguments are pytest's
 # make test-thorough                         run the long products of cases that it leaves out (docs/tests.md)
 # make lint
+# make package                               build the wheel and try it in an empty environment; needs a package index
 # bash run_exper.sh --help                   the paper's tables and figures
 #
 # The packages live in .venv, made by PYTHON (3.11 or newer). They are installed again only when a requirements file has
@@ -15,7 +16,7 @@ ARGS ?=
 WORKERS ?= 2
 OLD := 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is too old: make PYTHON=python3.11 or newer")'
 
-.PHONY: run test test-thorough lint
+.PHONY: run test test-thorough lint package
 
 run: $(VENV)/run.stamp
 	$(BIN)/python run.py $(ARGS)
@@ -29,6 +30,9 @@ test-thorough: $(VENV)/dev.stamp
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+package:
+	bash tools/try_package.sh
 
 $(VENV)/run.stamp: requirements.txt
 	@$(PIP) --version > /dev/null 2>&1 || { $(PYTHON) -c $(OLD) && $(PYTHON) -m venv --clear $(VENV); }

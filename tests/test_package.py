@@ -1,4 +1,4 @@
-"""The wheel, and a program run from it alone; `make package` installs it with all it needs into an empty venv."""
+"""The wheel, and the program run from it alone; `make package` installs it with its libraries as well."""
 
 import os
 import re

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from h2cache.eval.files import REPOSITORY
+from h2cache.eval.files import IS_CLONE, REPOSITORY
 from h2cache.eval.models.pipelines import ModelConfig, counted_threads, describe_machine, resolve_device
 
 PACKAGES = (
@@ -23,7 +23,7 @@ def environment(command: str) -> dict[str, Any]:
     return {
         "command": command,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _output("git", "-C", str(REPOSITORY), "rev-parse", "HEAD"),
+        "commit": _output("git", "-C", str(REPOSITORY), "rev-parse", "HEAD") if IS_CLONE else None,
         "uncommitted_changes": _uncommitted_changes(),
         "python": platform.python_version(),
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
@@ -55,7 +55,8 @@ def cpu_name() -> str:
 
 def _uncommitted_changes() -> bool | None:
     """Whether the code is not quite that of the commit: tracked files count, results lying about do not."""
-    status = _output("git", "-C", str(REPOSITORY), "status", "--porcelain", "--untracked-files=no")
+    command = ("git", "-C", str(REPOSITORY), "status", "--porcelain", "--untracked-files=no")
+    status = _output(*command) if IS_CLONE else None
     return None if status is None else bool(status)
 
 
