@@ -1,6 +1,6 @@
-"""The plans of other papers, made from the recorded runs of a calibration: BudCache, L2P and DPCache.
+"""The plans of other papers, made from the recorded runs of a calibration: BudCache, L2P, DPCache, bespoke.
 
-All three skip the whole model by a schedule that is fixed beforehand, so each is a `Plan`. The docstrings say what each
+All skip the whole model by a schedule that is fixed beforehand, so each is a `Plan`. The docstrings say what each
 paper does, and what is done otherwise here.
 """
 
@@ -14,6 +14,7 @@ from h2cache.plans import Calibration
 from h2cache.plans.closed_form import even_steps
 from h2cache.plans.conditions import Conditions
 from h2cache.plans.plan import normalized
+from h2cache.plans.polish import polish
 from h2cache.plans.search import climb
 from h2cache.plans.simulate import Simulation
 
@@ -70,6 +71,19 @@ def dpcache(calibration: Calibration, count: int) -> Plan:
     runs, gram = calibration.runs, _mean_gram(calibration)
     chosen = _cheapest_pairs(runs.steps, count, lambda before, start, end: _taylor_cost(gram, before, start, end))
     return _under(calibration, Plan.taylor(runs.steps, chosen), "DPCache")
+
+
+def bespoke(calibration: Calibration, count: int) -> Plan:
+    """A bespoke non-stationary solver (arXiv 2403.01329): all coefficients of a multistep solver by gradient.
+
+    Theirs learns the times as well, and starts from a solver of its own. Here the steps are even, the start is Euler's
+    method, and three times the rounds of a plan's polish are made of all weights over the last `history` outputs.
+    """
+    runs = calibration.runs
+    computed = even_steps(runs.steps, count)
+    start = Plan.reuse(runs.steps, computed)
+    weights = polish(runs, computed, start.weights, calibration.history, 3 * calibration.rounds)
+    return _under(calibration, Plan(start.made_for, computed, weights), "bespoke")
 
 
 def _under(calibration: Calibration, plan: Plan, name: str) -> Plan:

@@ -23,15 +23,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import h2cache
+from h2cache.baselines.plans import bespoke, budcache, dpcache, l2p
 from h2cache.eval.cli import arguments as commandline
 from h2cache.eval.errors import UserError
 from h2cache.eval.files import CONFIGS, REPOSITORY, atomic_files, check_writable
 from h2cache.eval.generation.prompt_lines import prompt_lines
 from h2cache.eval.models.pipelines import ModelConfig, load_pipeline
 from h2cache.plans import Calibration
-from h2cache.plans.calibrate import BUDGETS, PARTS, REFERENCES
+from h2cache.plans.calibrate import BUDGETS, PARTS, REFERENCES, computed_steps, evaluations_of_a_plan
 
-SEARCH = ("reference", "seed", "history", "ridge", "tries", "few", "batch_size")
+METHODS = (("budcache", budcache), ("l2p", l2p), ("dpcache", dpcache), ("bespoke", bespoke))  # of other papers
+SEARCH = ("reference", "seed", "history", "ridge", "tries", "few", "rounds", "batch_size")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Settings:
     """The fields of configs/calibrate.yaml. `search` are arguments of `h2cache.plans.Calibration`."""
 
     name: str
+    method: str
     model: ModelConfig
     budgets: tuple[float, ...]
     steps: int
@@ -51,7 +54,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         numbers = {"images": 1, "steps": 1}
-        for name, least in numbers.items() | {"tries": 0, "few": 1, "history": 1, "batch_size": 1}.items():
+        for name, least in numbers.items() | {"tries": 0, "rounds": 0, "few": 1, "history": 1, "batch_size": 1}.items():
             value = getattr(self, name) if name in numbers else self.search[name]
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise UserError(f"{name}={value} is not allowed: it must be a whole number from {least}")
@@ -61,6 +64,9 @@ class Settings:
                 f"budget={list(self.budgets)} is not allowed: it must be a number from 1 to the {self.steps} steps, or "
                 "several"
             )
+        if self.method != "plan" and (self.method not in dict(METHODS) or self.quality):
+            choices = ", ".join(["plan", *dict(METHODS)])
+            raise UserError(f"method={self.method} is not allowed: it must be one of {choices}, with psnr= plan")
         if self.search["reference"] not in REFERENCES:
             choices = " or ".join(REFERENCES)
             raise UserError(f"reference={self.search['reference']} is not allowed: it must be {choices}")
@@ -78,6 +84,8 @@ class Settings:
         """The plans' files."""
         wanted = [f"{self.quality.psnr:g}dB"] if self.quality else [f"{budget:g}" for budget in self.budgets]
         ending = "" if self.search["reference"] == "uncached" else f"-{self.search['reference']}"
+        if self.method != "plan":
+            ending += f"-{self.method}"
         if self.steps != self.model.num_inference_steps:
             ending = f"-{self.steps}steps{ending}"
         return [self.folder / f"{self.name}-{each}{ending}.json" for each in wanted]
@@ -130,6 +138,7 @@ def _settings(cfg: DictConfig, name: str) -> Settings:
         raise UserError(f"psnr={cfg.psnr}: {error}") from error
     return Settings(
         name=name,
+        method=cfg.method,
         model=model,
         budgets=tuple(cfg.budget) if isinstance(cfg.budget, ListConfig) else (cfg.budget,),
         steps=model.num_inference_steps if cfg.steps is None else cfg.steps,
@@ -181,6 +190,9 @@ def _plans(pipe: Any, prompts: Sequence[str], settings: Settings, call: dict[str
     calibration = Calibration(pipe, prompts, settings.steps, **settings.search, **call)
     for budget, target in zip(settings.budgets, settings.targets, strict=True):
         checkpoint = target.with_suffix(".search")
+        if settings.method != "plan":
+            yield dict(METHODS)[settings.method](calibration, computed_steps(budget, settings.steps))
+            continue
         with _bar(target.stem) as show:
             yield calibration.plan(budget, checkpoint=checkpoint, on_progress=show)
         checkpoint.unlink(missing_ok=True)
@@ -189,20 +201,20 @@ def _plans(pipe: Any, prompts: Sequence[str], settings: Settings, call: dict[str
 def _written(plan: h2cache.Plan, target: Path) -> str:
     with atomic_files([target]) as (file,):
         plan.save(file)
-    return (
-        f"{target}: {len(plan.computed)} of {plan.steps} steps computed, {plan.notes['psnr']} dB on "
-        f"{plan.notes['prompts']} prompts of the calibration; steps {', '.join(map(str, plan.computed))}"
-        + (f"; {plan.promise}" if plan.promise else "")
-    )
+    notes = plan.notes
+    reached = f"{notes['psnr']} dB on {notes['prompts']} prompts of the calibration; " if "psnr" in notes else ""
+    steps = ", ".join(map(str, plan.computed))
+    promise = f"; {plan.promise}" if plan.promise else ""
+    return f"{target}: {len(plan.computed)} of {plan.steps} steps computed; {reached}steps {steps}{promise}"
 
 
 def expected_evaluations(settings: Settings) -> int:
     """At most so many calls of the model on one image, recording included; with a promise, if every budget is tried."""
     steps, images = settings.steps, settings.images
-    few = min(settings.search["few"], settings.search["batch_size"], images)
     budgets = [each for each in BUDGETS if each <= steps] if settings.quality else settings.budgets
-    tried = sum(int(steps / budget + 1e-9) * (few * (1 + settings.search["tries"]) + images) for budget in budgets)
-    return images * steps * (PARTS if settings.search["reference"] == "converged" else 1) + tried
+    search = {name: settings.search[name] for name in ("tries", "few", "rounds", "batch_size")}
+    plans = sum(evaluations_of_a_plan(computed_steps(budget, steps), images, **search) for budget in budgets)
+    return images * steps * (PARTS if settings.search["reference"] == "converged" else 1) + plans
 
 
 def _fitting_batch(pipe: Any, prompts: Sequence[str], batch_size: int, call: dict[str, Any]) -> tuple[int, float]:

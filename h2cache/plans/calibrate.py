@@ -1,6 +1,7 @@
 """`calibrate`: from prompts and a budget, or a promised quality, to a plan."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from .closed_form import even_steps
 from .path_cost import PathCosts
 from .plan import Plan
+from .polish import evaluations, polish
 from .promise import AtLeast, Promise, certified, promisable
 from .search import climb
 from .simulate import Simulation
@@ -42,17 +44,19 @@ class Calibration:
         ridge: float = 1e-4,
         tries: int = 30,
         few: int = 8,
+        rounds: int = 12,
         batch_size: int = 8,
         **call_arguments: Any,
     ):
         """Record the pipeline on the prompts; see `calibrate`."""
-        _check(0, tries=tries)
+        _check(0, tries=tries, rounds=rounds)
         _check(1, prompts=len(prompts), steps=steps, history=history, few=few, batch_size=batch_size)
         if reference not in REFERENCES:
             raise ValueError(f"h2cache.calibrate got reference = {reference!r}: must be one of {', '.join(REFERENCES)}")
         self.asked = dict(prompts=list(prompts), steps=steps, reference=reference, seed=seed, history=history)
-        self.asked |= dict(ridge=ridge, few=few, **call_arguments)
+        self.asked |= dict(ridge=ridge, few=few, tries=tries, rounds=rounds, batch_size=batch_size, **call_arguments)
         self.history, self.ridge, self.tries, self.reference = history, ridge, tries, reference
+        self.rounds = rounds
         self.few = min(few, len(prompts), batch_size)
         parts = PARTS if reference == "converged" else 1
         self.runs = record(pipe, prompts, steps, seed, batch_size, parts=parts, **call_arguments)
@@ -60,8 +64,8 @@ class Calibration:
 
     def evaluations(self, budget: float) -> int:
         """What a plan costs at most, in calls of the model on one image."""
-        count = computed_steps(budget, self.runs.steps)
-        return count * (self.few * (1 + self.tries) + sum(self.runs.sizes))
+        search = {name: self.asked[name] for name in ("tries", "few", "rounds", "batch_size")}
+        return evaluations_of_a_plan(computed_steps(budget, self.runs.steps), len(self.asked["prompts"]), **search)
 
     @property
     def noted(self) -> dict[str, Any]:
@@ -89,10 +93,13 @@ class Calibration:
         store = Store.open(checkpoint, {**self.asked, "count": count, "model": self.runs.conditions.model})
         score = store.scorer(quick.score, Progress(on_progress, total=1 + self.tries))
         schedule = climb(start, steps, score, self.costs.of, self.tries)
-        end = Simulation(self.runs, self.history, self.ridge).run(schedule)
-        reached = round(self.runs.decibels(end.latents).mean().item(), 2)
-        return Plan(self.runs.conditions, schedule, end.weights, {"budget": budget, "psnr": reached, **self.noted})
+        whole = Simulation(self.runs, self.history, self.ridge)
+        weights = polish(self.runs, schedule, whole.run(schedule).weights, self.history, self.rounds)
+        plan = Plan(self.runs.conditions, schedule, weights, {"budget": budget, **self.noted})
+        reached = self.runs.decibels(whole.follow(plan).latents).mean().item()
+        return replace(plan, notes={**plan.notes, "psnr": round(reached, 2)})
 
+    @torch.no_grad()
     def images(self, plan: Plan, runs: Trajectories) -> torch.Tensor:
         """What `plan` draws on recorded prompts."""
         return runs.decode(Simulation(runs, self.history, self.ridge).follow(plan).latents)
@@ -129,6 +136,8 @@ def calibrate(
             seed: prompt i has the noise of seed + i.
             history, ridge: outputs that the weights are for, and what keeps them small.
             tries, few: how many schedules next to the cheapest are tried, and on how many prompts, at most one batch.
+            rounds: of the weights' polish, each on one batch; the last batch says when it was best. 0: none, for models
+            that have no gradient.
             batch_size: prompts in one call of the model.
 
     Raises:
@@ -154,7 +163,7 @@ def _promising(
             f"{quality.confidence:.0%} confidence takes {2 * quality.prompts_needed} or more, half of them held back"
         )
     calibration = Calibration(pipe, own, steps, **settings)
-    fresh = {**settings, "seed": settings.get("seed", 0) + len(own), "tries": 0}
+    fresh = {**settings, "seed": settings.get("seed", 0) + len(own), "tries": 0, "rounds": 0}
     reference = Calibration(pipe, held, steps, **fresh).runs
     plans: list[Plan] = []
     scores: list[list[float]] = []
@@ -184,6 +193,13 @@ def computed_steps(budget: float, steps: int) -> int:
     if isinstance(budget, bool) or not isinstance(budget, int | float) or not 1 <= budget <= steps:
         raise ValueError(f"h2cache.calibrate got budget = {budget!r}: must be a number from 1 to the {steps} steps")
     return int(steps / budget + 1e-9)
+
+
+def evaluations_of_a_plan(computed: int, prompts: int, *, tries: int, few: int, rounds: int, batch_size: int) -> int:
+    """What a plan costs at most beyond the recording, in calls of the model on one image."""
+    sizes = [min(batch_size, prompts - start) for start in range(0, prompts, batch_size)]
+    tried = computed * min(few, sizes[0]) * (1 + tries)
+    return tried + 2 * computed * prompts + evaluations(computed, sizes, rounds)
 
 
 def _check(least: int, **numbers: int) -> None:

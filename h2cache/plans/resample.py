@@ -13,13 +13,13 @@ def resampled(plan: Plan, steps: int) -> Plan:
     """Computed steps and weights at the same parts of the run; see `Plan.resampled`.
 
     Between the steps that weights were fitted for they are interpolated; where the plan had no step in between they
-    carry on the last change, as a line does.
+    carry on the last change, as a line does. Weights at computed steps are not carried over.
     """
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"Plan.resampled got steps = {steps!r}: must be an integer >= 1")
-    if steps != plan.steps and plan.weights.keys() & set(plan.computed):
+    if steps != plan.steps and plan.weights and len(plan.computed) == plan.steps:
         raise ValueError(
-            f"this plan has weights at computed steps, which are right for {plan.steps} steps alone, not for {steps}"
+            f"this plan skips no step: its weights are right for {plan.steps} steps alone, not for {steps}"
         )
     nearest: dict[int, int] = {}  # of the new steps, the computed step that it stands for
     for step in plan.computed:

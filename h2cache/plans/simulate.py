@@ -38,7 +38,7 @@ class Simulation:
         """The end of a run that computes these steps."""
         states = self._shared(computed)
         for step in range(len(states) - 1, self.trajectories.steps):
-            states.append(self._step(states[-1], step, step in computed))
+            states.append(self._step(states[-1], step, computed))
         self._computed, self._states = computed, states
         return states[-1]
 
@@ -46,18 +46,20 @@ class Simulation:
         """The states of the last schedule as far as this one is like it."""
         if not self._states:
             return [State(self.trajectories.latents[0], (), {})]
+        # What a step does depends on whether the next one is computed.
         differing = set(computed) ^ set(self._computed)
-        return self._states[: min(differing, default=self.trajectories.steps) + 1]
+        return self._states[: min(differing, default=self.trajectories.steps + 1)]
 
-    def _step(self, state: State, step: int, computes: bool) -> State:
-        runs = self.trajectories
-        if computes:
-            output, weights = runs.compute(step, state.latents), state.weights
-            history = (output, *state.history)[: self.history]
-        else:
-            history = state.history
+    def _step(self, state: State, step: int, computed: tuple[int, ...]) -> State:
+        runs, history, weights = self.trajectories, state.history, state.weights
+        if step in computed:
+            history = (runs.compute(step, state.latents), *history)[: self.history]
+        # Before the next output every step has weights, also a computed one, if there is anything to weigh.
+        is_followed = step + 1 == runs.steps or step + 1 in computed
+        output = history[0]
+        if step not in computed or (is_followed and len(history) > 1):
             fitted = fit_weights(history, runs.needed(step, state.latents), self.ridge)
-            output, weights = combine(fitted, history), {**state.weights, step: fitted}
+            output, weights = combine(fitted, history), {**weights, step: fitted}
         return State(runs.advance(step, state.latents, output), history, weights)
 
     def follow(self, plan: Plan) -> State:

@@ -43,6 +43,7 @@ class Trajectories:
     grams: Tensor
     decode: Callable[[Tensor], Tensor]
 
+    @torch.no_grad()
     def __post_init__(self) -> None:
         self.images = self.decode(self.latents[-1])
 
@@ -53,11 +54,13 @@ class Trajectories:
     @torch.no_grad()
     def compute(self, step: int, latents: Tensor) -> Tensor:
         """What the model returns at `step` for these latents of all prompts."""
-        outputs = []
-        for call, part in zip(self.calls, latents.split(self.sizes), strict=True):
-            timestep = self.timesteps[step].expand(len(part))
-            outputs.append(self.model(**call, hidden_states=part, timestep=timestep)[0])
-        return torch.cat(outputs)
+        parts = latents.split(self.sizes)
+        return torch.cat([self.compute_batch(batch, step, part) for batch, part in enumerate(parts)])
+
+    def compute_batch(self, batch: int, step: int, latents: Tensor) -> Tensor:
+        """What the model returns at `step` for these latents of a batch, with a gradient where that is enabled."""
+        timestep = self.timesteps[step].expand(len(latents))
+        return self.model(**self.calls[batch], hidden_states=latents, timestep=timestep)[0]
 
     def advance(self, step: int, latents: Tensor, output: Tensor) -> Tensor:
         """The latents after `step`."""
@@ -82,6 +85,7 @@ class Trajectories:
         latents = [each[:count] for each in self.latents]
         return replace(self, calls=[call], sizes=[count], latents=latents, grams=self.grams[:count])
 
+    @torch.no_grad()
     def decibels(self, latents: Tensor) -> Tensor:
         """(prompts,): how near the images of these final latents are to the reference's, PSNR in dB."""
         return psnr(self.decode(latents), self.images)
@@ -215,7 +219,6 @@ def decoder(pipe: Any, call_arguments: dict[str, Any], at_once: int = 4) -> Call
     height, width = call_arguments["height"], call_arguments["width"]
     vae = pipe.vae
 
-    @torch.no_grad()
     def decode(latents: Tensor) -> Tensor:
         def images() -> Iterator[Tensor]:
             for part in latents.split(at_once):

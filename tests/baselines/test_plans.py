@@ -7,7 +7,7 @@ import torch
 from tiny import TEXT_TOKENS
 
 from h2cache import Plan
-from h2cache.baselines.plans import budcache, dpcache, l2p
+from h2cache.baselines.plans import bespoke, budcache, dpcache, l2p
 from h2cache.plans import Calibration
 from h2cache.plans.closed_form import even_steps
 from h2cache.plans.simulate import Simulation
@@ -18,7 +18,9 @@ CALL = dict(height=32, width=64, guidance_scale=3.5, max_sequence_length=TEXT_TO
 
 @pytest.fixture
 def calibration(tiny_pipe):
-    return Calibration(tiny_pipe, ["a red sign", "TEA"], STEPS, ridge=0.0, tries=12, few=2, batch_size=2, **CALL)
+    return Calibration(
+        tiny_pipe, ["a red sign", "TEA"], STEPS, ridge=0.0, tries=12, few=1, batch_size=1, rounds=4, **CALL
+    )
 
 
 @pytest.fixture
@@ -54,7 +56,8 @@ def test_dpcache_has_the_schedule_whose_forecasts_are_best(calibration, outputs)
 
 
 def test_budcache_is_no_worse_than_the_even_schedule_and_reuses(calibration):
-    plan, runs = budcache(calibration, 4), calibration.runs
+    """On what it was searched with, one prompt."""
+    plan, runs = budcache(calibration, 4), calibration.runs.first(1)
 
     def score(followed):
         return runs.decibels(Simulation(runs, 3, 0.0).follow(followed).latents).mean().item()
@@ -63,6 +66,16 @@ def test_budcache_is_no_worse_than_the_even_schedule_and_reuses(calibration):
     assert set(plan.weights.values()) == {(1.0,)} and plan.notes["method"] == "BudCache"
 
 
+def test_bespoke_weights_are_nearer_than_euler_s(calibration):
+    """Learnt on one image, and kept only where they help another."""
+    plan, runs = bespoke(calibration, 4), calibration.runs
+
+    def score(followed):
+        return runs.decibels(Simulation(runs, 3, 0.0).follow(followed).latents).mean().item()
+
+    assert plan.computed == even_steps(STEPS, 4) and score(plan) > score(Plan.reuse(STEPS, 4)) + 0.5
+
+
 def test_they_are_for_the_run_that_was_recorded(calibration):
-    for make in (budcache, l2p, dpcache):
+    for make in (budcache, l2p, dpcache, bespoke):
         assert make(calibration, 3).made_for == calibration.runs.conditions

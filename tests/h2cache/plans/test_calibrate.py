@@ -17,7 +17,7 @@ from h2cache.plans.weights import fit_weights
 
 CALL = dict(height=32, width=64, guidance_scale=3.5, max_sequence_length=TEXT_TOKENS)
 PROMPTS = ["a red sign", "TEA", "a blue label"]
-QUICK = dict(tries=8, few=2, batch_size=2)
+QUICK = dict(tries=8, few=2, rounds=3, batch_size=2)
 STEPS = 9
 
 
@@ -42,7 +42,7 @@ def test_its_plan_is_followed_in_the_pipeline_as_it_was_simulated(tiny_pipe):
     with h2cache.apply(tiny_pipe, PlanConfig(plan)):
         noise = [torch.Generator().manual_seed(seed) for seed in range(3)]
         drawn = tiny_pipe(PROMPTS, generator=noise, num_inference_steps=STEPS, output_type="latent", **CALL).images
-    simulated = Simulation(runs, history=3, ridge=1e-4).run(plan.computed).latents
+    simulated = Simulation(runs, history=3, ridge=1e-4).follow(plan).latents
     torch.testing.assert_close(drawn, simulated, rtol=1e-3, atol=1e-3)
     assert plan.notes["psnr"] == pytest.approx(runs.decibels(drawn).mean().item(), abs=0.05)
 
@@ -222,6 +222,16 @@ def test_the_cheapest_neighbours_are_tried_first():
 def test_neighbours_stay_schedules():
     assert set(neighbours((0, 1, 3), 4)) == {(0, 2, 3), (0, 1, 2)}
     assert neighbours((0,), 4) == []
+
+
+def test_fitted_weights_are_those_of_the_run_that_fits_them(tiny_pipe):
+    """Without a polish, following the plan ends where fitting it ended."""
+    plan = calibrated(tiny_pipe, rounds=0)
+    runs = record(tiny_pipe, PROMPTS, STEPS, seed=0, batch_size=3, **CALL)
+    fitted = Simulation(runs, history=3, ridge=1e-4).run(plan.computed)
+    assert {step: pytest.approx(weights, rel=1e-4) for step, weights in plan.weights.items()} == fitted.weights
+    followed = Simulation(runs, history=3, ridge=1e-4).follow(plan)
+    torch.testing.assert_close(followed.latents, fitted.latents, rtol=1e-3, atol=1e-4)
 
 
 def test_one_recording_serves_every_budget(tiny_pipe):
