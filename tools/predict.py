@@ -1,8 +1,8 @@
 """Predicts how long a model takes on a GPU that nobody here has: `python -m tools.predict --write docs/gpu.md`.
 
 The time of one call of the denoiser is its floating-point operations over the share of the GPU's peak rate that is
-reached, or the time to read its weights once, whichever is longer. The operations are counted by PyTorch on the model at
-its real size, on the meta device, where tensors have shapes and no data. Nothing here is a measurement.
+reached, or the time to read its weights once, whichever is longer. PyTorch counts the operations on the model at its
+real size, on the meta device, where tensors have shapes and no data. Nothing here is a measurement.
 """
 
 import argparse
@@ -318,8 +318,8 @@ def _hours() -> Iterator[str]:
     (experiment,) = study.experiments
     prompts, evaluations = len(study.prompts[experiment.prompts]), most_evaluations(study)
     yield (
-        f"**Predicted** hours for the paper's table (`experiment=table1`, FLUX.1-dev in bfloat16) at most: {prompts} prompts, "
-        f"{len(experiment.settings)} settings, {evaluations:,} evaluations a prompt if no threshold is ever met:"
+        f"**Predicted** hours for the paper's table (`experiment=table1`, FLUX.1-dev in bfloat16) at most: {prompts} "
+        f"prompts, {len(experiment.settings)} settings, {evaluations:,} evaluations a prompt if no threshold is met:"
     )
     model = next(model for model in MODELS if model.config == "flux1-dev")
     rows = [("cards", *(f"{card.name}" for card in CARDS))]

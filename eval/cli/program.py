@@ -142,6 +142,15 @@ def show(file: Annotated[Path, typer.Argument(help="A plan's JSON file.", exists
     import_module("h2cache.eval.cli.plans").show(file)
 
 
+@plans.command()
+def export(
+    file: Annotated[Path, typer.Argument(help="A plan's JSON file.", exists=True, dir_okay=False)],
+    form: Annotated[str, typer.Option("--format", help="sigmas, k-diffusion or json.")] = "json",
+) -> None:
+    """Write a plan for other programs, to stdout: noise levels, a sampler for k-diffusion, or both as JSON."""
+    import_module("h2cache.eval.cli.plans").export(file, form)
+
+
 def _draw(
     command: str,
     prompt: str,

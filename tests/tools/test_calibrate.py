@@ -9,10 +9,10 @@ from repository import REPOSITORY
 from tiny import TEXT_TOKENS
 
 from h2cache import AtLeast, Plan
+from h2cache.eval.cli import calibrate
 from h2cache.eval.errors import UserError
 from h2cache.eval.models.pipelines import ModelConfig
 from h2cache.plans import Calibration
-from tools import calibrate
 
 SEARCH = dict(reference="uncached", seed=1, history=2, ridge=1e-4, tries=2, few=2, rounds=1, batch_size=2)
 PROMPTS = ["a red sign", "TEA", "a blue label", "BREAD"]
@@ -67,9 +67,8 @@ def test_each_kind_of_plan_has_a_name_of_its_own(tmp_path):
 def test_plans_are_written_after_the_cost_was_said(tmp_path, tiny_pipe, monkeypatch, capsys):
     """With the tiny pipeline in the place of the model; what it says is what `Calibration` says."""
     monkeypatch.setattr(calibrate, "load_pipeline", lambda model: tiny_pipe)
-    monkeypatch.setattr(calibrate, "calibration_prompts", lambda *asked: PROMPTS)
     asked = settings(tmp_path)
-    said = calibrate.run(asked)
+    said = calibrate.run(asked, lambda *of: PROMPTS)
     calls = dict(asked.model.call_arguments)
     calibration = Calibration(tiny_pipe, PROMPTS, calls.pop("num_inference_steps"), **asked.search, **calls)
     expected = calibration.recording + calibration.evaluations(2) + calibration.evaluations(4)
@@ -80,8 +79,7 @@ def test_plans_are_written_after_the_cost_was_said(tmp_path, tiny_pipe, monkeypa
 
 def test_the_plans_of_other_papers_are_written_too(tmp_path, tiny_pipe, monkeypatch):
     monkeypatch.setattr(calibrate, "load_pipeline", lambda model: tiny_pipe)
-    monkeypatch.setattr(calibrate, "calibration_prompts", lambda *asked: PROMPTS)
-    said = calibrate.run(settings(tmp_path, method="dpcache"))
+    said = calibrate.run(settings(tmp_path, method="dpcache"), lambda *of: PROMPTS)
     assert said[0].startswith(f"{tmp_path / 'tiny-2-dpcache.json'}: 4 of 8 steps computed; steps 0")
     assert Plan.load(tmp_path / "tiny-2-dpcache.json").notes["method"] == "DPCache"
 
