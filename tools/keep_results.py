@@ -22,8 +22,7 @@ PLACE = re.compile(r"(<!-- table ([\w./-]+)(.*?) -->\n).*?(<!-- /table -->)", re
 
 def keep(run: Path, target: Path = RESULTS) -> list[Path]:
     """Copy the tables and figures of `run` in the place of those of earlier runs; returns the experiments' folders."""
-    made = sorted(file.parent for file in run.glob("*/*.md"))
-    folders = list(dict.fromkeys(made))
+    folders = sorted({file.parent for file in (*run.glob("*/measurements.csv"), *run.glob("published/*.md"))})
     for folder in folders:
         shutil.rmtree(target / folder.name, ignore_errors=True)
         (target / folder.name).mkdir(parents=True)
