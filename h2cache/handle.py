@@ -66,6 +66,10 @@ class Handle(ABC):
     def remove(self) -> None:
         """Leave everything as it was before `apply`. The trace stays readable. Idempotent."""
 
+    def __repr__(self) -> str:
+        counts = self.summary()
+        return f"<{type(self).__name__} of {self.config}: {counts['runs']} runs, {counts['steps']} steps>"
+
     def __enter__(self) -> Self:
         return self
 

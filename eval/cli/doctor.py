@@ -1,7 +1,7 @@
 """What is on this machine, and which models can run on it: `python run.py doctor=true`.
 
-Everything is read here: nothing is downloaded, no weights are loaded, the hub is not asked, and whether the memory will
-suffice is not judged.
+Everything is read here: nothing is downloaded, no weights are loaded, the hub is not asked. Memory is compared with
+what the weights alone take (configs/memory.yaml), so that a model that fits by a little may not run.
 """
 
 import os
@@ -22,13 +22,14 @@ from rich.table import Table
 from rich.text import Text
 
 from h2cache.eval.errors import UserError
+from h2cache.eval.files import CONFIGS
 from h2cache.eval.models.diagnosis import find_installation, require_package, sm
-from h2cache.eval.models.pipelines import REPOSITORY, ModelConfig, describe_machine
+from h2cache.eval.models.pipelines import ModelConfig, describe_machine, resolve_device
 
 STYLES = {"yes": "green", "after a download": "yellow", "no": "red"}
-MODELS = REPOSITORY / "configs" / "model"
+MODELS = CONFIGS / "model"
 LIBRARIES = ("diffusers", "transformers", "accelerate", "huggingface_hub", "peft", "kernels", "bitsandbytes")
-GIB = 2**30
+GIB, GB = 2**30, 10**9
 DRIVER_SECONDS = 10  # nvidia-smi hangs where a GPU is gone
 
 
@@ -44,7 +45,13 @@ def show(console: Console) -> None:
 
 def verdicts() -> dict[tuple[str, str], list[str]]:
     """(whether a model can run here, why) -> the models of configs/model of which that is true, what can run first."""
-    found = {file.stem: examine(instantiate(OmegaConf.load(file), _convert_="all")) for file in MODELS.glob("*.yaml")}
+    known = OmegaConf.load(CONFIGS / "memory.yaml")
+    found = {}
+    for file in MODELS.glob("*.yaml"):
+        config = instantiate(OmegaConf.load(file), _convert_="all")
+        weights = known.get(file.stem)
+        found[file.stem] = too_large(config, weights.all, weights.largest) if weights else None
+        found[file.stem] = found[file.stem] or examine(config)
     order = sorted(found.items(), key=lambda item: (list(STYLES).index(item[1][0]), item))
     groups: dict[tuple[str, str], list[str]] = {}
     for name, answer in order:
@@ -93,6 +100,32 @@ def examine(config: ModelConfig) -> tuple[str, str]:
         return "no", f"not in the local cache: {what}; HF_HUB_OFFLINE is set: unset it, or use model=flux-mini"
     login = "" if get_token() else "; one whose terms must be accepted needs a login (`hf auth login`)"
     return "after a download", f"{where}, not in the local cache: {what}{login}"
+
+
+def too_large(config: ModelConfig, whole: float, largest: float) -> tuple[str, str] | None:
+    """A verdict where the weights do not fit into memory, and what helps; None where they do.
+
+    Args:
+        config: the model.
+        whole: all weights, GB.
+        largest: those of the largest part, GB.
+    """
+    try:
+        device = resolve_device(config)
+        if device.type == "cuda":
+            where, room = "the GPU", torch.cuda.get_device_properties(device).total_memory / GB
+        else:
+            where, room = "the machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
+    except (UserError, RuntimeError, AssertionError, AttributeError):
+        return None  # no such device, which `examine` says; a driver that is gone; a system that does not tell
+    needed = whole if config.offload == "none" else largest
+    if config.offload in ("sequential", "group") or needed <= room:
+        return None
+    advice = "use another machine"
+    if device.type == "cuda":
+        fits = config.offload == "none" and largest <= room
+        advice = f"use model.offload=model ({largest:g} GB at a time)" if fits else "use model.offload=group"
+    return "no", f"the weights take {needed:g} GB and {where} has {room:.1f} GB: {advice}"
 
 
 def is_cached(name: str) -> bool:

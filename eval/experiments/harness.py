@@ -43,6 +43,11 @@ def run(cfg: DictConfig, model_name: str, method: Callable[[str], DictConfig], c
         study = matched(study, model, messages)
         with watching(messages, study.names) as watcher:
             report = sweep(store, study.all_cells, study.model, study.launcher, watcher)
+        if store.damaged:
+            messages.print(f"note: {len(store.damaged)} records were damaged, and their images are drawn again")
+        names = study.names
+        drawn = [cell for cell in study.all_cells if store.fingerprint(cell) in report.records]
+        store.write_index((names[cell.way], cell) for cell in drawn)
         with messages.status("loading the metrics"):
             metrics = Metrics(study.metrics, study.clipiqa_checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
         with messages.status("measuring the images"):

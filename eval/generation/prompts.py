@@ -88,12 +88,12 @@ class HubPrompts:
 
 
 def _lines(file: Path) -> Iterator[tuple[int, Any]]:
-    """(line number from 1, what its JSON says)."""
+    """(line number from 1, what its JSON says). Blank lines at the end are none."""
     try:
         content = file.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from error
-    for number, line in enumerate(content.removesuffix(b"\n").split(b"\n"), start=1):
+    for number, line in enumerate(content.rstrip().split(b"\n"), start=1):
         try:
             yield number, json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:

@@ -11,7 +11,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
@@ -125,10 +125,15 @@ class Record:
 
 
 class Store:
-    """The records in `folder`, of images drawn with the model of `model` (`h2cache.eval.models.identity`)."""
+    """The records in `folder`, of images drawn with the model of `model` (`h2cache.eval.models.identity`).
+
+    Attributes:
+        damaged: fingerprints of records that `read` found cut short, damaged or contradicted by their files.
+    """
 
     def __init__(self, folder: Path, model: Mapping[str, Any]):
         self.folder = folder
+        self.damaged: set[str] = set()
         self._model = dict(model)
 
     @contextmanager
@@ -166,11 +171,13 @@ class Store:
         try:
             stored = json.loads((self.folder / f"{name}.json").read_bytes())
             if stored["cell"] != self._identity(cell):
-                return None
+                raise ValueError("the record of another cell")
             for kind in ("png", "csv") if has_trace(cell) else ("png",):
                 self._verify(self.folder / f"{name}.{kind}", stored["files"][kind])
             return self._record(cell, name, stored)
         except (OSError, ValueError, KeyError, TypeError):  # cut short, damaged or gone
+            if (self.folder / f"{name}.json").exists():
+                self.damaged.add(name)
             return None
 
     def write(self, cell: Cell, drawn: Drawn) -> Record:
@@ -189,6 +196,17 @@ class Store:
             paths[-1].write_text(json.dumps(record), encoding="utf-8")
         (self.folder / f"{name}.failed.json").unlink(missing_ok=True)
         return self._record(cell, name, record)
+
+    def write_index(self, cells: Iterable[tuple[str, Cell]]) -> None:
+        """Write `index.csv`: which files are of which setting, prompt and seed.
+
+        Args:
+            cells: those that there are records of, each with the name of its setting.
+        """
+        columns = ("file", "setting", "prompt_id", "seed", "steps", "prompt")
+        rows = [(f"{self.fingerprint(c)}.png", name, c.prompt.id, c.seed, c.steps, c.prompt.text) for name, c in cells]
+        with self._writing(), atomic_files([self.folder / "index.csv"]) as (path,):
+            pd.DataFrame(rows, columns=columns).to_csv(path, index=False)
 
     def write_failure(self, cell: Cell, error: str) -> None:
         """Note why a cell could not be drawn; drawing it takes the note away."""

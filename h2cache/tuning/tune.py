@@ -41,6 +41,13 @@ class Tuned:
     best: Trial
     curve: tuple[Trial, ...]
 
+    def __repr__(self) -> str:
+        best = self.best
+        return (
+            f"Tuned({self.target}: {best.config}, {best.psnr:.2f} dB, {best.speedup:.2f} times fewer blocks, "
+            f"{best.wall_speedup:.2f} times the speed, of {len(self.curve)} settings)"
+        )
+
     @property
     def config(self) -> CacheConfig:
         """For `h2cache.apply`."""

@@ -359,3 +359,33 @@ def test_the_doctor_on_the_command_line(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         run.main()
     assert exit.value.code == 2 and "true or false" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("gib", "offload", "says"),
+    [
+        (24, "none", ("33.7 GB", "25.8 GB", "model.offload=model", "23.8 GB")),
+        (16, "none", ("33.7 GB", "17.2 GB", "model.offload=group")),
+        (16, "model", ("23.8 GB", "17.2 GB", "model.offload=group")),
+        (24, "model", None),
+        (16, "group", None),
+        (80, "none", None),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused_with_what_helps(monkeypatch, gib, offload, says):
+    give_gpus(monkeypatch, ADA)
+    gpu = type("", (), {"name": "NVIDIA Test GPU", "major": 8, "minor": 9, "total_memory": gib * 2**30})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    found = doctor.too_large(config("flux1-dev", offload=offload), 33.7, 23.8)
+    if says is None:
+        assert found is None
+    else:
+        assert found[0] == "no"
+        assert_says(found[1], *says)
+
+
+def test_the_memory_of_every_large_model_is_known():
+    known = OmegaConf.load(REPOSITORY / "configs/memory.yaml")
+    names = {file.stem for file in (REPOSITORY / "configs/model").iterdir() if not file.stem.startswith("nunchaku")}
+    assert set(known) == names - {"flux-mini"}
+    assert all(0 < each.largest < each["all"] for each in known.values())

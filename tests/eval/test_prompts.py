@@ -108,3 +108,8 @@ def test_what_is_wrong_with_a_dataset_is_one_sentence(dataset, tmp_path, monkeyp
         HubPrompts(dataset, "caption", split="test").load()
     with pytest.raises(UserError, match=r"cannot load prompts.dataset=nobody/nothing"):
         HubPrompts("nobody/nothing", "caption").load()
+
+
+def test_blank_lines_at_the_end_are_no_prompts(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": "a dog"}\n\n  \n')
+    assert [prompt.text for prompt in PromptFile(str(tmp_path / "prompts.jsonl")).load()] == ["a cat", "a dog"]

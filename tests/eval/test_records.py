@@ -172,8 +172,18 @@ def test_a_record_under_another_ones_name_is_not_believed(store, tmp_path):
 
 @pytest.mark.parametrize("content", [b"[]", b"null", b'{"cell": 1}', b"\xff"])
 def test_a_record_of_nonsense_is_none(store, tmp_path, content):
+    assert store.read(CELL) is None and not store.damaged  # there is none
     (tmp_path / f"{store.fingerprint(CELL)}.json").write_bytes(content)
-    assert store.read(CELL) is None
+    assert store.read(CELL) is None and store.damaged == {store.fingerprint(CELL)}
+
+
+def test_the_index_says_which_files_are_whose(store, tmp_path):
+    record = store.write(CELL, drawn())
+    store.write_index([("H2-Cache, a = 1", CELL)])
+    (row,) = pd.read_csv(tmp_path / "index.csv").to_dict("records")
+    assert row["file"] == record.image.name and row["setting"] == "H2-Cache, a = 1"
+    assert (row["prompt_id"], row["seed"], row["steps"]) == (CELL.prompt.id, CELL.seed, CELL.steps)
+    assert row["prompt"] == CELL.prompt.text
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES])

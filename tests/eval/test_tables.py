@@ -257,7 +257,7 @@ def test_without_a_baseline_there_is_nothing_to_compare_with(tmp_path):
 def test_unavailable_metrics_say_why(tmp_path):
     rows = [row(name, i, 1.0, clipiqa=math.nan) for name in (BASELINE, "H2-Cache") for i in range(2)]
     markdown, csv, _ = made(SummaryTable(), results(rows, unavailable={"clipiqa": "there is no network"}), tmp_path)
-    assert cells(markdown)["H2-Cache"][3] == cells(markdown)[BASELINE][3] == "n/a"
+    assert "CLIP-IQA" not in cells(markdown)["setting"]  # a column of n/a would only make the table wide
     assert "n/a: CLIP-IQA (there is no network)." in markdown
     assert csv["clipiqa_mean"].isna().all()
 

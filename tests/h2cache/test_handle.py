@@ -1,6 +1,7 @@
 """`apply` and its handle: what they take, what they refuse, and what an update changes."""
 
 import logging
+import re
 
 import pytest
 import torch
@@ -105,3 +106,8 @@ def test_a_replaced_cache_takes_no_update(transformer):
         pytest.raises(RuntimeError, match="removed or replaced by another"),
     ):
         first.update(tau1=0.5)
+
+
+def test_a_handle_says_what_it_is_and_what_ran(transformer):
+    with h2cache.apply(transformer, H2CacheConfig(tau1=0.15)) as handle:
+        assert re.fullmatch(r"<CacheHandle of H2CacheConfig\(.*tau1=0.15, .*\): 0 runs, 0 steps>", repr(handle))

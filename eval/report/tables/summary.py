@@ -34,8 +34,7 @@ class SummaryTable:
     """Time `55.72 (1.00x)`, metrics such as `0.7688 (-0.07 %)`, the work done, and memory where it was measured.
 
     time: "end_to_end", with text encoding and VAE as in the paper's table, or "denoising"; the CSV has both.
-    metrics: which of the experiment's to show, in this order; None for all, those without any value last. The CSV has
-    all.
+    metrics: which of the experiment's to show, in this order; None for all that have a value. The CSV has all.
     Nothing is set in bold: the fastest setting is hardly ever the most faithful one, and a column's best says nothing.
     """
 
@@ -101,8 +100,8 @@ class SummaryTable:
                     f"SummaryTable: metric {name!r} is not measured by experiment {results.name}; "
                     f"add it to the experiment's metrics ({', '.join(results.metrics)}) or leave it out"
                 )
-        if self.metrics is None:
-            shown = sorted(shown, key=lambda name: bool(results.frame[name].isna().all()))
+        if self.metrics is None:  # what has no value at all is named below the table, and would make it too wide
+            shown = [name for name in shown if not results.frame[name].isna().all()]
         memory = [MEMORY] if results.frame["peak_memory_bytes"].notna().any() else []
         return [TIMES[self.time], *map(metric, shown), EVALUATIONS, *memory]
 

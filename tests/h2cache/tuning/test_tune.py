@@ -255,3 +255,9 @@ def test_on_flux_mini(flux_mini):
     found = h2cache.tune(flux_mini, [prompt], HiCacheConfig(granularity="stage"), Speedup(2.5), trials=3, **call)
     assert found.best.speedup >= 2.5 and found.best.psnr > 25
     assert found.best.psnr == max(trial.psnr for trial in found.curve if trial.speedup >= 2.5)
+
+
+def test_what_was_tuned_says_what_it_found():
+    best = h2cache.Trial(H2CacheConfig(tau1=0.1), 0.5, 38.25, 1.75)
+    told = repr(h2cache.Tuned(h2cache.Psnr(38), best, (best,)))
+    assert all(word in told for word in ("38.25 dB", "2.00 times fewer blocks", "1.75 times the speed", "tau1=0.1"))
