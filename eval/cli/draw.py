@@ -41,6 +41,7 @@ class Job:
     """The fields of configs/run.yaml, which `generate.check` has seen. `method` is None for the baseline."""
 
     prompt: str
+    image: Path | None
     seed: int
     out: Path
     compare: bool
@@ -50,6 +51,7 @@ class Job:
     def __post_init__(self) -> None:
         if self.compare and self.method is None:
             raise UserError("compare=true compares a method with none: choose one with method=, or compare=false")
+        self.model.check_picture(self.image)
 
     def files(self, video: bool) -> list[Path]:
         """What is written. The picture of a video is its contact sheet."""
@@ -151,7 +153,8 @@ def _job(cfg: DictConfig, choices: Mapping[str, str], number: int | None) -> Job
     out = Path(str(cfg.out)).expanduser()
     if number is not None:
         out = out.with_stem(f"{out.stem}-{number}")
-    return Job(str(cfg.prompt), cfg.seed, out, cfg.compare, model, method)
+    image = None if cfg.image is None else Path(str(cfg.image)).expanduser()
+    return Job(str(cfg.prompt), image, cfg.seed, out, cfg.compare, model, method)
 
 
 def _instantiate(cfg: DictConfig, group: str, choices: Mapping[str, str]) -> Any:
@@ -209,7 +212,7 @@ def _draw_all(job: Job, pipe: DiffusionPipeline, name: str, messages: Console) -
 
 
 def _draw(job: Job, pipe: DiffusionPipeline, method: Any, title: str, messages: Console, **other_arguments: Any) -> Run:
-    arguments = job.model.call_arguments | other_arguments
+    arguments = job.model.arguments_with(job.image) | other_arguments
     with _progress(title, messages) as on_step, _explained():
         if method is None:
             drawing = generate(pipe, job.prompt, job.seed, on_step, **arguments)

@@ -22,8 +22,8 @@ from h2cache.eval.errors import UserError
 from h2cache.eval.files import CONFIGS
 
 PROGRAM = "run.py"
-FIELDS = ("prompt", "seed", "out", "compare", "model", "method")
-PLAIN_TEXT = ("prompt", "out")  # fields whose value is taken as typed
+FIELDS = ("prompt", "image", "seed", "out", "compare", "model", "method")
+PLAIN_TEXT = ("prompt", "image", "out")  # fields whose value is taken as typed
 
 
 def main(program: str = PROGRAM) -> None:

@@ -22,7 +22,7 @@ from h2cache.eval.files import atomic_files
 from h2cache.eval.generation.backends import backend_of, fields_of
 from h2cache.eval.generation.records import Cell, Record, Store
 from h2cache.eval.generation.sweep import Report, sweep
-from h2cache.eval.metrics.registry import Metrics, kind
+from h2cache.eval.metrics.registry import TRUTH_IMAGE, Metrics, kind
 from h2cache.eval.metrics.scores import Scores
 from h2cache.eval.models.environment import environment
 from h2cache.eval.models.identity import identity
@@ -88,7 +88,8 @@ def measurements(
         record = found(row.cell)
         if record:
             references = {name: other for name, cell in row.references.items() if (other := found(cell))}
-            scored = scores.of(experiment.metrics, record, references, row.cell.prompt)
+            truth = {TRUTH_IMAGE: row.cell.prompt.truth} if row.cell.prompt.truth else {}
+            scored = scores.of(experiment.metrics, record, references | truth, row.cell.prompt)
             measured.append(_row(row, record, references) | scored)
     frame = pd.DataFrame(measured)
     if len(frame) and set(order) - set(frame["setting"]):
@@ -148,6 +149,7 @@ def _results(
         left_out=experiment.left_out,
         tunings={setting.name: setting.tuning for setting in experiment.settings if setting.tuning},
         model_config=study.model,
+        prompts={prompt.id: prompt for prompt in study.prompts[experiment.prompts]},
     )
 
 

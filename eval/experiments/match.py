@@ -104,6 +104,8 @@ def _keep(file: Path, identity: Mapping[str, Any], tuning: Tuning) -> None:
 
 def _bench(study: Study, experiment: Experiment) -> "_Bench":
     prompts, seed = experiment.tuning_prompts(study.prompts[experiment.prompts])
+    if any(prompt.picture for prompt in prompts):
+        raise UserError(f"{experiment.name}: match: settings are tuned on prompts alone, and these have pictures")
     model, steps = study.model, experiment.steps or study.model.num_inference_steps
     return _Bench(lambda: load_pipeline(model), model.call_arguments, experiment.match, prompts, seed, steps)
 

@@ -79,6 +79,8 @@ def read_study(cfg: DictConfig, model_name: str, method: Callable[[str], DictCon
         raise UserError(f"model={model_name} makes videos, and the experiments measure images: use run.py compare=true")
     experiments = read_experiments(cfg, method)
     prompts = {each: each.load() for each in dict.fromkeys(experiment.prompts for experiment in experiments)}
+    for picture in {prompt.picture for loaded in prompts.values() for prompt in loaded}:
+        model.check_picture(picture and picture.image)
     checkpoint = Path(str(cfg.clipiqa_checkpoint)).expanduser() if cfg.clipiqa_checkpoint else None
     if checkpoint and not checkpoint.is_file():
         raise UserError(f"clipiqa_checkpoint={checkpoint}: there is no such file; give OpenAI's CLIP RN50.pt, or null")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from h2cache.adapters import adapter_of
 from h2cache.eval.generation.generate import generate
+from h2cache.eval.generation.prompts import Prompt
 from h2cache.eval.models.pipelines import ModelConfig, load_pipeline
 from h2cache.policy.forecasts import Forecast, advance_terms, extrapolate
 
@@ -29,7 +30,7 @@ class Features:
     values: Tensor
 
 
-def recorded(model: ModelConfig, prompts: Sequence[tuple[str, int]], steps: int) -> Features:
+def recorded(model: ModelConfig, prompts: Sequence[tuple[Prompt, int]], steps: int) -> Features:
     """Of uncached runs on `prompts`, each with its seed. TypeError for a model whose blocks no adapter knows."""
     pipe = load_pipeline(model)
     adapter = adapter_of(pipe.transformer, pipe)
@@ -51,7 +52,8 @@ def recorded(model: ModelConfig, prompts: Sequence[tuple[str, int]], steps: int)
         with ExitStack() as hooks:
             for name, (block, _) in blocks.items():
                 hooks.enter_context(block.register_forward_hook(partial(ran, name), with_kwargs=True))
-            generate(pipe, prompt, seed, **model.call_arguments | {"num_inference_steps": steps})
+            arguments = model.arguments_with(prompt.picture and prompt.picture.image)
+            generate(pipe, prompt.text, seed, **arguments | {"num_inference_steps": steps})
         runs.append(torch.stack([torch.stack(each) for each in added.values()], dim=1))
     return Features(tuple(blocks), torch.cat(runs, dim=2))
 

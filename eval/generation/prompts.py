@@ -1,5 +1,6 @@
 """What is drawn: prompts from a JSONL file or a Hugging Face dataset, checked before the first image is made."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,12 +14,35 @@ from h2cache.eval.files import REPOSITORY, find_file
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A picture in a file, with the SHA-256 of the file's bytes; named as in `Record`."""
+
+    image: Path
+    image_sha256: str
+
+    @classmethod
+    def of(cls, file: Path) -> "Picture":
+        """OSError if the file cannot be read."""
+        return cls(file, hashlib.sha256(file.read_bytes()).hexdigest())
+
+
+@dataclass(frozen=True)
 class Prompt:
-    """A prompt, its name in tables and files, and the word that the image should show, where the set says."""
+    """A prompt and what its set says besides.
+
+    Fields:
+        id: its name in tables and files.
+        text: what the pipeline is asked for.
+        word: that the image should show.
+        picture: what the pipeline is given beside the text, where it takes one.
+        truth: what a perfect result shows.
+    """
 
     id: str
     text: str
     word: str | None = None
+    picture: Picture | None = None
+    truth: Picture | None = None
 
 
 class PromptSet(Protocol):
@@ -32,15 +56,16 @@ class PromptSet(Protocol):
 class PromptFile:
     """A JSONL file, one object a line: `prompt`, with `id` and `word` if wanted, or the schema of the paper's captions.
 
-    That schema has `file_path` (the id) and `image_caption` (the prompt, or a list that holds it). Other keys are left
-    alone. `path` is seen from where you are or from this repository.
+    That schema has `file_path` (the id) and `image_caption` (the prompt, or a list that holds it). `picture` and
+    `truth` are files, seen from the JSONL file's folder. Other keys are left alone. `path` is seen from where you are
+    or from this repository.
     """
 
     path: str
 
     def load(self) -> tuple[Prompt, ...]:
         file = self._find()
-        return _collect((f"{file}, line {number}", row) for number, row in _lines(file))
+        return _collect(((f"{file}, line {number}", row) for number, row in _lines(file)), file.parent)
 
     def _find(self) -> Path:
         file = find_file(str(self.path))
@@ -74,7 +99,7 @@ class HubPrompts:
                 raise UserError(f"prompts.dataset={self.dataset} has no column {column}; choose from {there}")
         rows = rows.select_columns(list(dict.fromkeys(wanted.values())))  # pictures beside them stay undecoded
         named = ({key: row[column] for key, column in wanted.items()} for row in rows)
-        return _collect((f"{self.dataset}, row {number}", row) for number, row in enumerate(named))
+        return _collect(((f"{self.dataset}, row {number}", row) for number, row in enumerate(named)), Path())
 
     def _fetch(self) -> datasets.Dataset:
         try:
@@ -103,11 +128,14 @@ def _lines(file: Path) -> Iterator[tuple[int, Any]]:
             raise UserError(f"{file}, line {number}: {what}; every line is one JSON object") from error
 
 
-def _collect(rows: Iterable[tuple[str, Any]]) -> tuple[Prompt, ...]:
-    """The prompts of (place, row) pairs, as one table; UserError names the place of what is wrong."""
+def _collect(rows: Iterable[tuple[str, Any]], folder: Path) -> tuple[Prompt, ...]:
+    """The prompts of (place, row) pairs, as one table; UserError names the place of what is wrong.
+
+    Pictures are seen from `folder`.
+    """
     table, places = [], {}
     for index, (place, row) in enumerate(rows):
-        prompt = _prompt(place, row, index)
+        prompt = _prompt(place, row, index, folder)
         if prompt.id in places:
             raise UserError(f"{place}: the id {prompt.id!r} is that of {places[prompt.id]} too; ids must differ")
         places[prompt.id] = place
@@ -117,7 +145,7 @@ def _collect(rows: Iterable[tuple[str, Any]]) -> tuple[Prompt, ...]:
     return tuple(table)
 
 
-def _prompt(place: str, row: Any, index: int) -> Prompt:
+def _prompt(place: str, row: Any, index: int, folder: Path) -> Prompt:
     if not isinstance(row, Mapping):
         raise UserError(f"{place}: {type(row).__name__} instead of an object with prompt or image_caption")
     key = "prompt" if "prompt" in row else "image_caption"
@@ -133,7 +161,17 @@ def _prompt(place: str, row: Any, index: int) -> Prompt:
     word = row.get("word")
     for field, value in ((key, text), ("id", name), *([("word", word)] if word is not None else [])):
         _check_text(place, field, value)
-    return Prompt(name, text, word)
+    return Prompt(name, text, word, *(_picture(place, row, field, folder) for field in ("picture", "truth")))
+
+
+def _picture(place: str, row: Mapping[str, Any], field: str, folder: Path) -> Picture | None:
+    if field not in row:
+        return None
+    _check_text(place, field, row[field])
+    try:
+        return Picture.of(folder / row[field])
+    except OSError as error:
+        raise UserError(f"{place}: {field}={row[field]}: {error.strerror}, seen from {folder}") from error
 
 
 def _check_text(place: str, field: str, value: Any) -> None:

@@ -229,6 +229,7 @@ class Store:
         # What says nothing is left out, so that older records keep their names.
         identity |= {"scheduler": cell.scheduler} if cell.scheduler else {}
         identity |= {"call": dict(cell.call)} if cell.call else {}
+        identity |= {"picture": cell.prompt.picture.image_sha256} if cell.prompt.picture else {}
         return json.loads(json.dumps(identity), parse_float=_number)
 
     def _record(self, cell: Cell, name: str, stored: Mapping[str, Any]) -> Record:

@@ -113,7 +113,8 @@ class Painter:
 
     def _generate(self, cell: Cell, on_step: Callable[[int, int], None]) -> Drawn:
         start = time.perf_counter()
-        arguments = self._model.call_arguments | {"num_inference_steps": cell.steps} | dict(cell.call)
+        picture = cell.prompt.picture and cell.prompt.picture.image
+        arguments = self._model.arguments_with(picture) | {"num_inference_steps": cell.steps} | dict(cell.call)
         pipe = self._pipe_for(cell)
         on_gpu = self._device.type == "cuda"
         if on_gpu:

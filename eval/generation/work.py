@@ -19,14 +19,16 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class WorkCounter:
     """Counts inside its `with` block: `multiply_adds`, and `calls` of the pipeline's denoisers.
 
+    A ControlNet's work counts, and its calls do not: it is part of each evaluation of the model.
+
     Enter before a cache is attached and leave after it is gone: caches that replace the `forward` of a layer then call
     the counted one where they compute, and none where they do not. (A forward hook would be called either way.) Layers
     of other kinds, such as quantized ones with kernels of their own, are not counted.
     """
 
     def __init__(self, pipe: DiffusionPipeline):
-        parts = [getattr(pipe, name, None) for name in ("transformer", "transformer_2", "unet")]
-        self._denoisers = [part for part in parts if isinstance(part, nn.Module)]
+        self._denoisers = _modules(pipe, "transformer", "transformer_2", "unet")
+        self._counted = [*self._denoisers, *_modules(pipe, "controlnet")]
         self._watched: list[tuple[nn.Module, Callable | None]] = []
         self._hooks: list[Any] = []
         self.multiply_adds = 0
@@ -35,7 +37,8 @@ class WorkCounter:
     def __enter__(self) -> Self:
         for denoiser in self._denoisers:
             self._hooks.append(denoiser.register_forward_pre_hook(self._called))
-            for module in denoiser.modules():
+        for counted in self._counted:
+            for module in counted.modules():
                 if hasattr(module, "to_q") and hasattr(module, "to_k"):
                     self._watch_attention(module)
                 elif isinstance(module, LAYERS):
@@ -90,3 +93,8 @@ class WorkCounter:
             layer = getattr(attention, name, None)
             if isinstance(layer, nn.Module):
                 self._watch(layer, ran)
+
+
+def _modules(pipe: DiffusionPipeline, *names: str) -> list[nn.Module]:
+    parts = [getattr(pipe, name, None) for name in names]
+    return [part for part in parts if isinstance(part, nn.Module)]

@@ -27,10 +27,12 @@ METRICS: dict[str, Metric] = {"psnr": PSNR, "ssim": SSIM, "word_accuracy": WORD_
 BASELINE_IMAGE = "baseline"  # that of the model's own scheduler at the experiment's number of steps
 UNCACHED_IMAGE = "uncached"  # that of the setting's own scheduler and steps
 CONVERGED_IMAGE = "converged"  # that of very many steps: what all solvers approach
+TRUTH_IMAGE = "truth"  # the prompt set's: what a perfect result shows
 REFERENCES = {
     BASELINE_IMAGE: "to the baseline's image",
     UNCACHED_IMAGE: "to the uncached image of the same scheduler and steps",
     CONVERGED_IMAGE: "to the converged solution",
+    TRUTH_IMAGE: "to the ground truth",
 }
 
 

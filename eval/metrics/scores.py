@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from h2cache.eval.errors import UserError
-from h2cache.eval.generation.prompts import Prompt
+from h2cache.eval.generation.prompts import Picture, Prompt
 from h2cache.eval.generation.records import Record
 from h2cache.eval.metrics.registry import Kind, Metrics, kind
 
@@ -33,7 +33,7 @@ class Scores:
                 continue
 
     def of(
-        self, names: Sequence[str], record: Record, references: Mapping[str, Record], prompt: Prompt
+        self, names: Sequence[str], record: Record, references: Mapping[str, Record | Picture], prompt: Prompt
     ) -> dict[str, float]:
         """The metrics `names` of an image, each with its own one of `references`; NaN where it has none."""
         images: dict[Path, Image.Image] = {}
@@ -44,7 +44,7 @@ class Scores:
         self,
         of: Kind,
         record: Record,
-        references: Mapping[str, Record],
+        references: Mapping[str, Record | Picture],
         prompt: Prompt,
         images: dict[Path, Image.Image],
     ) -> float:

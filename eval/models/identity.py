@@ -20,7 +20,7 @@ def identity(config: ModelConfig) -> dict[str, Any]:
     What lies in files counts by content, wherever it lies; what the hub holds, by name.
     """
     values = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in ELSEWHERE}
-    parts = {"weights": config.source(), **values}
+    parts = {"weights": config.source(), **values, **config.other_sources}
     return {"class": type(config).__name__, **{name: _by_content(value) for name, value in parts.items()}}
 
 

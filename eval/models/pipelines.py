@@ -14,9 +14,10 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline, FluxPipeline
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from PIL import Image
 
 from h2cache.eval.errors import UserError
-from h2cache.eval.files import IS_CLONE, REPOSITORY
+from h2cache.eval.files import IS_CLONE, REPOSITORY, find_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OFFLOADS = ("none", "model", "sequential", "group")
@@ -35,6 +36,7 @@ class ModelConfig:
         noun: what the pipeline is called in messages.
         pipeline: the class that loads it.
         call_fields: the fields that are arguments of the pipeline's call.
+        picture_argument: the argument of the call that is a picture; None: the pipeline takes none.
     """
 
     noun: ClassVar[str] = "Flux pipeline"
@@ -46,6 +48,7 @@ class ModelConfig:
         "guidance_scale",
         "max_sequence_length",
     )
+    picture_argument: ClassVar[str | None] = None
 
     path: str | None
     hub_id: str | None
@@ -83,6 +86,24 @@ class ModelConfig:
         values = {field: getattr(self, field) for field in self.call_fields}
         return {field: value for field, value in values.items() if value is not None}
 
+    def arguments_with(self, picture: Path | None) -> dict[str, Any]:
+        """`call_arguments`, and the RGB picture in a file under its own name; UserError as `check_picture`."""
+        self.check_picture(picture)
+        if picture is None:
+            return self.call_arguments
+        try:
+            with Image.open(picture) as image:
+                return self.call_arguments | {self.picture_argument: image.convert("RGB")}
+        except OSError as error:
+            raise UserError(f"cannot read the picture {picture}: {error.strerror or error}") from error
+
+    def check_picture(self, picture: Path | None) -> None:
+        """Raise UserError where the pipeline takes a picture and there is none, or the other way about."""
+        if picture is None and self.picture_argument:
+            raise UserError(f"this {self.noun} takes a picture beside the prompt, and there is none: give one")
+        if picture is not None and not self.picture_argument:
+            raise UserError(f"this {self.noun} takes no picture: use model=flux-mini-upscaler, or leave {picture} out")
+
     @property
     def makes_videos(self) -> bool:
         """Whether the pipeline is asked for a number of frames."""
@@ -97,16 +118,19 @@ class ModelConfig:
         """The folder to load, or the hub id; UserError if `path` is no pipeline's folder."""
         if not self.path:
             return self.hub_id
-        given = Path(self.path).expanduser()
-        for folder in (given, REPOSITORY / given):
-            if (folder / "model_index.json").is_file():
-                return str(folder)
+        if folder := find_folder(self.path, "model_index.json"):
+            return str(folder)
         seen = f"model.path={self.path}: no pipeline there (a folder with a model_index.json), seen from {Path.cwd()}"
-        if given.parts[:1] == ("assets",) and not IS_CLONE:
+        if Path(self.path).parts[:1] == ("assets",) and not IS_CLONE:
             raise UserError(f"{seen}; an installed h2cache has no weights: git clone the repository and run there")
         raise UserError(
             f"{seen} or from {REPOSITORY}; restore it (git checkout) or give the folder of another {self.noun}"
         )
+
+    @property
+    def other_sources(self) -> dict[str, str]:
+        """Fields that name weights besides those of `source`: the folder that each is found in, or its hub id."""
+        return {}
 
     @property
     def hub_files(self) -> tuple[str, ...]:
@@ -177,6 +201,12 @@ class DiffusersModelConfig(ModelConfig):
         if self.vae_tiling:
             pipe.vae.enable_tiling()
         return pipe
+
+
+def find_folder(path: str, holding: str) -> Path | None:
+    """The folder of this name with a file `holding` in it, seen from where you are or else from this repository."""
+    found = find_file(Path(path) / holding)
+    return found and found.parent
 
 
 def takes(pipe: DiffusionPipeline, argument: str) -> bool:

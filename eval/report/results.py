@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pandas as pd
 
+from h2cache.eval.generation.prompts import Prompt
 from h2cache.eval.models.pipelines import ModelConfig
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Results:
 
     `left_out` has the settings that could not be tried at all, and why.
     `tunings` has the settings that were tuned, by name; those that do not reach their speedup have no rows.
-    `model_config` is for outputs that look into the model itself.
+    `model_config` is for outputs that look into the model itself, `prompts` (by id) for those that look into the set.
     """
 
     name: str
@@ -81,11 +82,16 @@ class Results:
     left_out: Mapping[str, str] = field(default_factory=dict)
     tunings: Mapping[str, Tuning] = field(default_factory=dict)
     model_config: ModelConfig | None = None
+    prompts: Mapping[str, Prompt] = field(default_factory=dict)
 
     @property
     def baseline(self) -> pd.DataFrame:
         """The baseline's rows, indexed by KEY; empty if the experiment has none."""
         return self.frame[self.frame["setting"] == BASELINE].set_index(KEY)
+
+    def prompt_of(self, row: pd.Series) -> Prompt:
+        """The prompt of a row of `frame`, with its pictures where `prompts` has it."""
+        return self.prompts.get(row["prompt_id"]) or Prompt(row["prompt_id"], row["prompt"], row["word"])
 
     @property
     def baseline_run(self) -> str:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from h2cache.eval.errors import UserError
 from h2cache.eval.generation.features import Features, forecast_errors, recorded
+from h2cache.eval.generation.prompts import Prompt
 from h2cache.eval.models.pipelines import ModelConfig
 from h2cache.eval.report.figures import Gaussianity, Stability
 from h2cache.eval.report.figures.gaussianity import excess_kurtosis, rank_correlation
@@ -147,7 +148,7 @@ def model(tiny_pipe_folder) -> ModelConfig:
 
 def test_the_residuals_of_every_block_are_recorded(model):
     """Of all prompts, one after the other; each run by itself gives the same."""
-    features = recorded(model, [("a sign", 0), ("a cat", 1)], steps=6)
+    features = recorded(model, [(Prompt("0", "a sign"), 0), (Prompt("1", "a cat"), 1)], steps=6)
     assert len(features.values) == 6 and features.values.shape[1] == len(features.blocks)
     assert features.blocks[0] == "structure 1" and features.blocks[-1].startswith("detail")
     alone = recorded(model, [("a cat", 1)], steps=6).values

@@ -28,7 +28,8 @@ from h2cache.eval.generation.backends import PeerCache
 from h2cache.eval.metrics.images import PSNR, psnr
 from h2cache.eval.metrics.registry import METRICS
 
-SHIPPED = sorted(path.stem for path in (REPOSITORY / "configs/experiment").iterdir())
+OF_PICTURES = {"superresolution"}  # what needs a model that is given pictures, and is not done unasked
+SHIPPED = sorted({path.stem for path in (REPOSITORY / "configs/experiment").iterdir()} - OF_PICTURES)
 CALL = {"height": 32, "width": 32, "num_inference_steps": 4, "max_sequence_length": 24}
 # A small experiment: the settings of one, without outputs that are tested elsewhere.
 SMALL = ["experiment=qualitative", "experiments.qualitative.outputs=[]", "experiments.qualitative.metrics=[psnr]"]
@@ -125,6 +126,14 @@ def test_every_experiment_can_be_read_for_every_model_of_images(model):
     made = {setting.config for each in everything.experiments for setting in each.settings} - {None}
     assert all(isinstance(config, CacheConfig | PeerCache) for config in made)
     assert all(names[0] == "Baseline" for names in (list(configs(everything, name)) for name in SHIPPED))
+
+
+@pytest.mark.parametrize("name", sorted(OF_PICTURES))
+def test_experiments_with_pictures_are_for_models_that_take_them(name):
+    (found,) = study("model=flux-mini-upscaler", f"experiment={name}").experiments
+    assert found.settings[0].name == "Baseline" and "psnr@truth" in found.metrics
+    with pytest.raises(UserError, match="takes no picture: use model=flux-mini-upscaler"):
+        study(f"experiment={name}")
 
 
 @pytest.mark.parametrize("model", OF_VIDEOS)

@@ -7,7 +7,13 @@ the identity and any cache looks right. Here gates and residuals are of order on
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxControlNetModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
@@ -61,7 +67,19 @@ def save_tiny_pipeline(folder: Path, *, double: int = 2, single: int = 3, seed: 
     return Path(folder)
 
 
-def _enliven(transformer: FluxTransformer2DModel) -> None:
+def save_tiny_controlnet(folder: Path, seed: int = 0) -> Path:
+    """Write a ControlNet for the tiny pipeline, with one block of each kind that adds what its picture decides."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = tiny_transformer(seed=seed)
+        heads = {name: transformer.config[name] for name in ("attention_head_dim", "num_attention_heads")}
+        controlnet = FluxControlNetModel.from_transformer(transformer, num_layers=1, num_single_layers=1, **heads)
+        _enliven(controlnet)
+    controlnet.save_pretrained(folder)
+    return Path(folder)
+
+
+def _enliven(transformer: FluxTransformer2DModel | FluxControlNetModel) -> None:
     """Give each linear layer outputs of order one: weights of variance 1 / fan_in instead of torch's third of it.
 
     Of the timestep's sinusoids only the slow ones count (periods over 600 of the 1000 timesteps): neighbouring steps

@@ -1,6 +1,7 @@
 """The figures of an experiment, one class a file; configs/experiment/*.yaml list them by `_target_`."""
 
 from h2cache.eval.report.figures.banner import Banner
+from h2cache.eval.report.figures.crops import Crops
 from h2cache.eval.report.figures.frontier import Frontier
 from h2cache.eval.report.figures.gaussianity import Gaussianity
 from h2cache.eval.report.figures.heatmap import HeatMap
@@ -11,6 +12,7 @@ from h2cache.eval.report.figures.traces import MetricTrace
 
 __all__ = [
     "Banner",
+    "Crops",
     "Frontier",
     "Gaussianity",
     "HeatMap",

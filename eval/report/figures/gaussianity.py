@@ -41,7 +41,7 @@ class Gaussianity(FigureOutput):
         runs = results.baseline.reset_index().head(self.count)
         if runs.empty or results.model_config is None:
             return None
-        prompts = list(zip(runs["prompt"], runs["seed"].astype(int), strict=True))
+        prompts = [(results.prompt_of(run), int(run["seed"])) for _, run in runs.iterrows()]
         features = recorded(results.model_config, prompts, int(runs["steps"].iloc[0]))
         kurtosis = {order: excess_kurtosis(features, order) for order in ORDERS}
         bases = {

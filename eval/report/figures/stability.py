@@ -36,7 +36,7 @@ class Stability(FigureOutput):
         runs = results.baseline.reset_index().head(self.count)
         if runs.empty or results.model_config is None:
             return None
-        prompts = list(zip(runs["prompt"], runs["seed"].astype(int), strict=True))
+        prompts = [(results.prompt_of(run), int(run["seed"])) for _, run in runs.iterrows()]
         values = recorded(results.model_config, prompts, int(runs["steps"].iloc[0])).values
         errors = {
             (name, interval, dtype): [_median(values, basis, interval, dtype) for basis in bases]

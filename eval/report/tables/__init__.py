@@ -1,6 +1,7 @@
 """Tables of an experiment: Markdown, LaTeX, CSV and the terminal; configs/experiment/*.yaml list them as outputs."""
 
 from h2cache.eval.report.tables.adherence import Adherence, AttributeChanges
+from h2cache.eval.report.tables.enlargement import EnlargementTable
 from h2cache.eval.report.tables.equal_work import EqualWork
 from h2cache.eval.report.tables.grid import GridTable
 from h2cache.eval.report.tables.jitter import JitterTable
@@ -14,6 +15,7 @@ from h2cache.eval.report.tables.throughput import ThroughputTable
 __all__ = [
     "Adherence",
     "AttributeChanges",
+    "EnlargementTable",
     "EqualWork",
     "ErrorSpectrum",
     "GridTable",

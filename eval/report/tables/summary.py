@@ -8,7 +8,7 @@ import pandas as pd
 from rich.table import Table
 
 from h2cache.eval.errors import UserError
-from h2cache.eval.metrics.registry import BASELINE_IMAGE, CONVERGED_IMAGE, UNCACHED_IMAGE, kind
+from h2cache.eval.metrics.registry import BASELINE_IMAGE, CONVERGED_IMAGE, TRUTH_IMAGE, UNCACHED_IMAGE, kind
 from h2cache.eval.report.results import BASELINE, Artifact, Results
 from h2cache.eval.report.tables.quantities import (
     ABSENT,
@@ -129,6 +129,7 @@ def compared_with(results: Results, metrics: Iterable[str]) -> str:
         BASELINE_IMAGE: f"the baseline's image ({results.baseline_run})",
         UNCACHED_IMAGE: "the uncached image of the same scheduler and steps",
         CONVERGED_IMAGE: f"the converged solution ({results.converged_steps} steps)",
+        TRUTH_IMAGE: "the ground truth",
     }
     compared: dict[str, list[str]] = {}
     for each in map(kind, metrics):
