@@ -33,6 +33,7 @@ from h2cache.eval.models.pipelines import ModelConfig, describe_machine, load_pi
 
 WARM_UP_STEPS = 3  # a first run pays for allocations and kernel choices; with a cache it also has to hit once
 GAP = 8  # pixels between the two images of a comparison
+STOP_SIGN = 'a red octagonal sign that says "STOP" in white bold letters in a straight line, on a blue background'
 T5 = "T5"  # in the name of a tokenizer of that kind
 
 
@@ -95,6 +96,8 @@ def run(cfg: DictConfig, choices: Mapping[str, str], number: int | None) -> None
         doctor.show(Console())
         return
     cfg = OmegaConf.masked_copy(cfg, [field for field in cfg if field != "doctor"])
+    if "prompt" in cfg and cfg.prompt is None:
+        cfg.prompt = STOP_SIGN if cfg.get("image") is None else ""
     job = _job(cfg, choices, number)
     check_writable(job.files(job.model.makes_videos))
     messages = Console(stderr=True, highlight=False)

@@ -198,6 +198,13 @@ def test_run_writes_what_the_pipeline_makes_of_the_picture(runs, model, tmp_path
     assert yaml.safe_load((tmp_path / "large.yaml").read_text())["image"] == "small1.png"
 
 
+def test_a_picture_needs_no_prompt(runs, tmp_path):
+    for name, prompt in (("none.png", []), ("empty.png", ["prompt="])):
+        assert runs(run.main, "image=small1.png", "method=none", f"out={name}", *prompt)[0] == 0
+    assert (tmp_path / "none.png").read_bytes() == (tmp_path / "empty.png").read_bytes()
+    assert yaml.safe_load((tmp_path / "none.yaml").read_text())["prompt"] == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"), [((), "takes a picture"), (("image=gone.png",), "cannot read the picture gone.png")]
 )

@@ -20,15 +20,15 @@ from h2cache.eval.metrics.images import psnr, ssim
 from h2cache.eval.metrics.reader import WordReader
 from tools.flux_mini.evaluate import digest
 from tools.flux_mini.scenes import SIZE, Scene, draw
+from tools.flux_mini.scores import word_scores
 from tools.flux_mini.text import T5_LENGTH
 from tools.flux_mini.vae import to_pixels
 
-from .degrade import DEGRADATIONS
+from .degrade import DEGRADATIONS, SMALL
 from .pictures import held_out_scenes
 from .train import BASE, GUIDANCE
 
-STEPS, FEWER_STEPS = 50, (1, 2, 4, 8, 20)
-PROMPTLESS = "small, without the prompt"
+STEPS, FEW, FEWER = 50, 8, (1, 4)  # the other ways of degrading are measured in FEW steps
 
 
 def load(folder: Path) -> FluxControlNetPipeline:
@@ -65,6 +65,20 @@ def bicubic(picture: Image.Image) -> Image.Image:
     return picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
 
 
+def back_projected(image: Image.Image, picture: Image.Image, rounds: int = 3) -> Image.Image:
+    """The image, corrected so that it shrinks to the small picture that it was made from (Irani and Peleg 1991)."""
+    pixels, given = (np.asarray(each, np.float32) for each in (image, picture))
+    for _ in range(rounds):
+        pixels = pixels + _resized(given - _resized(pixels, SMALL), SIZE)
+    return Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
+
+
+def _resized(pixels: np.ndarray, side: int) -> np.ndarray:
+    """(side, side, channels), by Pillow's bicubic filter, antialiased where it shrinks; float32, not clipped."""
+    channels = [Image.fromarray(channel).resize((side, side), Image.Resampling.BICUBIC) for channel in pixels.T]
+    return np.stack([np.asarray(channel) for channel in channels]).T
+
+
 @torch.no_grad()
 def reconstructed(pipe: FluxControlNetPipeline, pictures: Sequence[Image.Image]) -> list[Image.Image]:
     """The pictures through the autoencoder and back."""
@@ -76,56 +90,41 @@ def reconstructed(pipe: FluxControlNetPipeline, pictures: Sequence[Image.Image])
 
 
 def scores(made: Sequence[Image.Image], truths: Sequence[Image.Image], words: Sequence[str]) -> dict[str, float]:
-    """Means over the pictures: `psnr` in dB, `ssim`, `words` (share read exactly), `letters` (share of the letters that
-    stand where they should, by the reader)."""
+    """Means over the pictures: `psnr` (dB), `ssim`, `words` (share read right), `character_errors` (edits a letter)."""
     reader = WordReader.load()
-    read = [reader.read(image.convert("RGB")) for image in made]
+    read = word_scores([(word, reader.read(image)) for image, word in zip(made, words, strict=True)])
     return {
         "psnr": float(np.mean([psnr(a, b) for a, b in zip(made, truths, strict=True)])),
         "ssim": float(np.mean([ssim(a, b) for a, b in zip(made, truths, strict=True)])),
-        "words": float(np.mean([a == b for a, b in zip(read, words, strict=True)])),
-        "letters": letters_read(read, words),
+        "words": read["accuracy"],
+        "character_errors": read["cer"],
     }
 
 
-def letters_read(read: Sequence[str], words: Sequence[str]) -> float:
-    """The share of all letters that are read, in order: those of the longest common subsequence, less what is read
-    besides, never below zero for a word."""
-    right = sum(max(0, _common(a, b) - max(0, len(a) - len(b))) for a, b in zip(read, words, strict=True))
-    return right / sum(map(len, words))
-
-
-def _common(a: str, b: str) -> int:
-    """Length of the longest common subsequence."""
-    row = [0] * (len(b) + 1)
-    for letter in a:
-        before = row
-        row = [0]
-        for index, other in enumerate(b):
-            row.append(before[index] + 1 if letter == other else max(row[-1], before[index + 1]))
-    return row[-1]
-
-
-def measure(pipe: FluxControlNetPipeline, scenes: Sequence[tuple[Scene, str]], steps: int = STEPS) -> dict[str, dict]:
+def measure(pipe: FluxControlNetPipeline, scenes: Sequence[tuple[Scene, str]]) -> dict[str, dict]:
     """By the way of degrading: the model's scores and the bicubic enlargement's; the truth's own through the VAE."""
     truths = [draw(scene) for scene, _ in scenes]
     prompts, words = [prompt for _, prompt in scenes], [scene.word for scene, _ in scenes]
 
-    def compared(pictures: list[Image.Image], prompts: Sequence[str], steps: int) -> dict[str, dict[str, float]]:
-        made = enlarge(pipe, pictures, prompts, steps)
-        return {
-            "model": scores(made, truths, words),
-            "bicubic": scores([bicubic(each) for each in pictures], truths, words),
-        }
+    def compared(made: list[Image.Image], plain: list[Image.Image]) -> dict[str, dict[str, float]]:
+        return {"model": scores(made, truths, words), "bicubic": scores(plain, truths, words)}
 
     found = {"truth": {"drawn": scores(truths, truths, words)}}
     found["truth"]["autoencoder"] = scores(reconstructed(pipe, truths), truths, words)
-    for name, degrade in DEGRADATIONS.items():
-        found[name] = compared(degraded(truths, degrade), prompts, steps)
     small = degraded(truths, DEGRADATIONS["small"])
-    found[PROMPTLESS] = compared(small, [""] * len(small), steps)
-    for fewer in FEWER_STEPS:
-        found[f"small, {fewer} step{'s' * (fewer > 1)}"] = compared(small, prompts, fewer)
+    plain = [bicubic(each) for each in small]
+    for steps in (STEPS, FEW, *FEWER):
+        name, made = f"small, {steps} step{'s' * (steps > 1)}", enlarge(pipe, small, prompts, steps)
+        found[name] = compared(made, plain)
+        if steps in (STEPS, FEW):
+            projected = [[back_projected(*pair) for pair in zip(each, small, strict=True)] for each in (made, plain)]
+            found[f"{name}, back-projected"] = compared(*projected)
+    found[f"small, without the prompt, {FEW} steps"] = compared(enlarge(pipe, small, [""] * len(small), FEW), plain)
+    for name, degrade in DEGRADATIONS.items():
+        if name != "small":
+            given = degraded(truths, degrade)
+            made = enlarge(pipe, given, prompts, FEW)
+            found[f"{name}, {FEW} steps"] = compared(made, [bicubic(each) for each in given])
     return found
 
 
@@ -150,7 +149,7 @@ def evaluation(work: Path, folder: Path) -> dict:
 def table(measured: dict) -> str:
     """A row a way of degrading, in Markdown."""
     columns = ["picture", "PSNR, dB", "bicubic", "gained", "SSIM", "bicubic"]
-    columns += ["words read", "bicubic", "letters read", "bicubic"]
+    columns += ["words read", "bicubic", "character errors", "bicubic"]
     lines = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
     for name, compared in measured["scores"].items():
         if "model" not in compared:
@@ -158,7 +157,7 @@ def table(measured: dict) -> str:
         model, plain = compared["model"], compared["bicubic"]
         cells = [f"{model['psnr']:.2f}", f"{plain['psnr']:.2f}", f"{model['psnr'] - plain['psnr']:+.2f}"]
         cells += [f"{model['ssim']:.3f}", f"{plain['ssim']:.3f}"]
-        cells += [f"{100 * each[what]:.1f} %" for what in ("words", "letters") for each in (model, plain)]
+        cells += [f"{100 * each[what]:.1f} %" for what in ("words", "character_errors") for each in (model, plain)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -5,6 +5,7 @@ asked directly, by a linear head on its last block that is not exported, how the
 picture's: for the first steps only that, which costs a third.
 """
 
+import math
 import random
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from diffusers import FluxControlNetModel, FluxPipeline
 
 from tools.flux_mini.training import Average, Log, advance, resume, save, set_rate, stage_options
-from tools.flux_mini.transformer import TOKENS, attention, noise_levels, optimizers
+from tools.flux_mini.transformer import TOKENS, attention
 
 from .pool import Pool
 
@@ -25,6 +26,8 @@ FIRST_SCENES, SCENES_A_STEP = 1024, 1.5
 ALONE = 1000  # steps
 WARMUP, DECAY = 50, 0.3
 HEAD_LOSS = 0.5
+PROJECTION_RATE = 4.0  # times the others': they start at zero
+SHIFT = 1.0  # of noise levels, where the picture has to say what the noise does not
 COLUMNS = ("flow", "head", "grad_norm")
 
 
@@ -50,6 +53,20 @@ class Upscaler(torch.nn.Module):
 
     def _remember(self, module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
         self.last = inputs[0]
+
+    def optimizers(self, learning_rate: float) -> list[torch.optim.Optimizer]:
+        """Muon for the matrices of the blocks, AdamW for the rest, and Muon for the projections, last."""
+        projections, matrices, others = [], [], []
+        for name, parameter in self.named_parameters():
+            is_projection = name.startswith(("controlnet.controlnet_blocks.", "controlnet.controlnet_single_blocks."))
+            is_matrix = parameter.ndim == 2 and "blocks." in name
+            (others if not is_matrix else projections if is_projection else matrices).append(parameter)
+
+        def muon(parameters: list[torch.nn.Parameter]) -> torch.optim.Muon:
+            return torch.optim.Muon(parameters, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+
+        rest = torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+        return [muon(matrices), rest, muon(projections)]
 
     @property
     def base(self) -> torch.nn.Module:
@@ -80,6 +97,12 @@ class Upscaler(torch.nn.Module):
                 block.compile()
 
 
+def noise_levels(count: int, generator: torch.Generator) -> torch.Tensor:
+    """Logit-normal t under FLUX's exponential shift, further to the noise than flux-mini's own."""
+    t = torch.sigmoid(torch.randn(count, generator=generator))
+    return math.exp(SHIFT) / (math.exp(SHIFT) + 1 / t - 1)
+
+
 def rate(step: int, steps: int) -> float:
     """Learning-rate factor: linear warm-up, then 1, then linearly to 0 over the last DECAY of the steps.
 
@@ -94,7 +117,7 @@ def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int, d
     pool = Pool(work, pipe, SCENES, SEED_OF_SCENES)
     model = Upscaler(pipe).to(device)
     trained = list(model.parameters())
-    average, optims = Average(trained, decay=0.998), optimizers(model, learning_rate)
+    average, optims = Average(trained, decay=0.998), model.optimizers(learning_rate)
     checkpoint = work / "upscaler.pt"
     start = resume(checkpoint, model=model, average=average, optimizers=optims)
     model.compile_blocks()
@@ -102,7 +125,9 @@ def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int, d
     totals, since = dict.fromkeys(COLUMNS, 0.0), start
     for step in range(start, steps):
         pool.grow(FIRST_SCENES + int(SCENES_A_STEP * step))
-        set_rate(optims, learning_rate * rate(step, steps))
+        now = learning_rate * rate(step, steps)
+        set_rate(optims[:2], now)
+        set_rate(optims[2:], PROJECTION_RATE * now)
         rng = random.Random(f"upscaler-{seed}-{step}")
         examples = pool.batch(rng, batch, device)
         generator = torch.Generator().manual_seed(rng.getrandbits(62))
@@ -130,7 +155,7 @@ def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int, d
 
 
 def main() -> None:
-    options = stage_options(__doc__, steps=3000, batch=16, learning_rate=1.5e-3)
+    options = stage_options(__doc__, steps=2600, batch=16, learning_rate=1.5e-3)
     with attention(options.device):
         train(options.work, options.steps, options.batch, options.learning_rate, options.seed, options.device)
 
