@@ -20,8 +20,11 @@ Features = Sequence[Tensor]  # what is forecast together: the two streams of a s
 class Forecast(Protocol):
     """A basis. `first_difference`: the computed step at which differences begin to be taken; 0: as soon as they can."""
 
-    order: int
-    first_difference: int
+    @property
+    def order(self) -> int: ...
+
+    @property
+    def first_difference(self) -> int: ...
 
     def coefficients(self, x: int) -> list[float]:
         """Those of D_0 .. D_order at x steps ahead."""

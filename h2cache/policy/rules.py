@@ -44,8 +44,11 @@ class Rule(Protocol):
         reference_every_step: the probe of every step becomes the next reference, not only that of a computed step.
     """
 
-    threshold: float
-    reference_every_step: bool
+    @property
+    def threshold(self) -> float: ...
+
+    @property
+    def reference_every_step(self) -> bool: ...
 
     def without_measuring(self, state: RuleState, step: int, parent_skipped: bool) -> Decision | None:
         """The decision where no comparison is needed, else None."""
