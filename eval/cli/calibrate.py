@@ -1,7 +1,7 @@
 """`h2cache calibrate` and `python -m tools.calibrate`: searches for the steps that a model had best compute.
 
 `budget=4`, or `budget=[3,4,6]`. Each plan is a file of a few KB, <model>-<budget>.json in `out`;
-`python run.py method=plan method.plan=FILE` draws with it. A search that was stopped goes on where it was.
+`python run.py method=plan method.plan=FILE` draws with it. Plans that are finished when it is stopped stay.
 """
 
 import sys
@@ -122,7 +122,7 @@ def main(program: str = "calibrate", prompts: Prompts = of_file) -> None:
     try:
         job()
     except KeyboardInterrupt:
-        print(f"{program}: interrupted; the same command goes on where it was", file=sys.stderr)
+        print(f"{program}: interrupted; plans that were finished stay, the others have to be begun again", file=sys.stderr)
         sys.exit(130)
     except Exception as error:  # raised by Hydra
         commandline.fail(commandline.explain(error, program, "put several budgets in brackets, as [3,4]"), program)
@@ -189,13 +189,11 @@ def _plans(pipe: Any, prompts: Sequence[str], settings: Settings, call: dict[str
         return
     calibration = Calibration(pipe, prompts, settings.steps, **settings.search, **call)
     for budget, target in zip(settings.budgets, settings.targets, strict=True):
-        checkpoint = target.with_suffix(".search")
         if settings.method != "plan":
             yield dict(METHODS)[settings.method](calibration, computed_steps(budget, settings.steps))
             continue
         with _bar(target.stem) as show:
-            yield calibration.plan(budget, checkpoint=checkpoint, on_progress=show)
-        checkpoint.unlink(missing_ok=True)
+            yield calibration.plan(budget, show)
 
 
 def _written(plan: h2cache.Plan, target: Path) -> str:

@@ -122,7 +122,7 @@ def calibrate(
     budget: Annotated[float, typer.Option(min=1, help="How many times fewer steps.")] = 4,
     out: Annotated[Path, typer.Option("--out", "-o", help="A folder for the plan.")] = Path("plans"),
 ) -> None:
-    """Search for the steps worth computing and write them as a plan. Stopped, it goes on with the same command."""
+    """Search for the steps worth computing and write them as a plan."""
     asked = [f"budget={budget}", f"out={out}", f"prompts_file={prompts}"]
     sys.argv[1:] = [*_models().overrides(model), *asked, *(fields or ())]
     import_module("h2cache.eval.cli.calibrate").main("h2cache calibrate")

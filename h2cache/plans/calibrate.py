@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +12,8 @@ from .path_cost import PathCosts
 from .plan import Plan
 from .polish import evaluations, polish
 from .promise import AtLeast, Promise, certified, promisable
-from .search import climb
+from .search import Steps, climb
 from .simulate import Simulation
-from .store import Progress, Store
 from .trajectories import Trajectories, record
 
 REFERENCES = ("uncached", "converged")
@@ -53,24 +51,26 @@ class Calibration:
         _check(1, prompts=len(prompts), steps=steps, history=history, few=few, batch_size=batch_size)
         if reference not in REFERENCES:
             raise ValueError(f"h2cache.calibrate got reference = {reference!r}: must be one of {', '.join(REFERENCES)}")
-        self.asked = dict(prompts=list(prompts), steps=steps, reference=reference, seed=seed, history=history)
-        self.asked |= dict(ridge=ridge, few=few, tries=tries, rounds=rounds, batch_size=batch_size, **call_arguments)
-        self.history, self.ridge, self.tries, self.reference = history, ridge, tries, reference
-        self.rounds = rounds
-        self.few = min(few, len(prompts), batch_size)
+        self.history, self.ridge, self.reference, self.seed = history, ridge, reference, seed
+        self.tries, self.few, self.rounds, self.batch_size = (
+            tries,
+            min(few, len(prompts), batch_size),
+            rounds,
+            batch_size,
+        )
         parts = PARTS if reference == "converged" else 1
         self.runs = record(pipe, prompts, steps, seed, batch_size, parts=parts, **call_arguments)
         self.recording = len(prompts) * steps * parts
 
     def evaluations(self, budget: float) -> int:
         """What a plan costs at most, in calls of the model on one image."""
-        search = {name: self.asked[name] for name in ("tries", "few", "rounds", "batch_size")}
-        return evaluations_of_a_plan(computed_steps(budget, self.runs.steps), len(self.asked["prompts"]), **search)
+        search = {name: getattr(self, name) for name in ("tries", "few", "rounds", "batch_size")}
+        return evaluations_of_a_plan(computed_steps(budget, self.runs.steps), sum(self.runs.sizes), **search)
 
     @property
     def noted(self) -> dict[str, Any]:
         """What the notes of its plans say about it."""
-        return {"reference": self.reference, "prompts": len(self.asked["prompts"]), "seed": self.asked["seed"]}
+        return {"reference": self.reference, "prompts": sum(self.runs.sizes), "seed": self.seed}
 
     @cached_property
     def costs(self) -> PathCosts:
@@ -79,19 +79,18 @@ class Calibration:
         gram = (grams / grams[:, -1:, -1:].clamp_min(torch.finfo(torch.float64).tiny)).mean(0)
         return PathCosts(gram.numpy(), self.runs.sigmas, self.ridge)
 
-    def plan(
-        self,
-        budget: float,
-        *,
-        checkpoint: str | Path | None = None,
-        on_progress: OnProgress = lambda done, total, best: None,
-    ) -> Plan:
+    def plan(self, budget: float, on_progress: OnProgress = lambda done, total, best: None) -> Plan:
         """The plan that computes at most one step in `budget`; see `calibrate`."""
         count, steps = computed_steps(budget, self.runs.steps), self.runs.steps
         start = self.costs.cheapest(count).get(count) or even_steps(steps, count)
         quick = Simulation(self.runs.first(self.few), self.history, self.ridge)
-        store = Store.open(checkpoint, {**self.asked, "count": count, "model": self.runs.conditions.model})
-        score = store.scorer(quick.score, Progress(on_progress, total=1 + self.tries))
+        tried: list[float] = []
+
+        def score(computed: Steps) -> float:
+            tried.append(quick.score(computed))
+            on_progress(len(tried), 1 + self.tries, max(tried))
+            return tried[-1]
+
         schedule = climb(start, steps, score, self.costs.of, self.tries)
         whole = Simulation(self.runs, self.history, self.ridge)
         weights = polish(self.runs, schedule, whole.run(schedule).weights, self.history, self.rounds)
@@ -112,7 +111,6 @@ def calibrate(
     steps: int = 50,
     *,
     quality: AtLeast | None = None,
-    checkpoint: str | Path | None = None,
     on_progress: OnProgress = lambda done, total, best: None,
     **settings: Any,
 ) -> Plan:
@@ -126,8 +124,6 @@ def calibrate(
         budget: how many times fewer steps; None where `quality` is given.
         steps: of a run.
         quality: the fastest plan is returned for which the held-back prompts certify it, of budgets from 2 to 8.
-        checkpoint: a file that keeps what was tried for a budget. A calibration that was killed goes on from there when
-            it is asked the same again, and ends with the same plan.
         on_progress: called with the number of schedules tried, of how many, and the best PSNR in dB yet.
         settings: the following, and all others the pipeline's arguments, height and width among them.
 
@@ -149,7 +145,7 @@ def calibrate(
     if quality is not None:
         return _promising(pipe, list(prompts), steps, quality, on_progress, settings)
     computed_steps(budget, steps)
-    return Calibration(pipe, prompts, steps, **settings).plan(budget, checkpoint=checkpoint, on_progress=on_progress)
+    return Calibration(pipe, prompts, steps, **settings).plan(budget, on_progress)
 
 
 def _promising(
@@ -168,7 +164,7 @@ def _promising(
     plans: list[Plan] = []
     scores: list[list[float]] = []
     for budget in (each for each in BUDGETS if each <= steps):
-        plan = calibration.plan(budget, on_progress=on_progress)
+        plan = calibration.plan(budget, on_progress)
         images = calibration.images(plan, reference)
         plans, scores = [*plans, plan], [*scores, quality.scores(images, reference.images)]
         if certified(quality, scores) != len(plans) - 1:

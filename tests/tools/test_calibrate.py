@@ -74,7 +74,7 @@ def test_plans_are_written_after_the_cost_was_said(tmp_path, tiny_pipe, monkeypa
     expected = calibration.recording + calibration.evaluations(2) + calibration.evaluations(4)
     assert f"about {expected:,} evaluations" in capsys.readouterr().out
     assert [len(Plan.load(target).computed) for target in asked.targets] == [4, 2]
-    assert len(said) == 2 and "4 of 8 steps computed" in said[0] and not list(tmp_path.glob("*.search"))
+    assert len(said) == 2 and "4 of 8 steps computed" in said[0]
 
 
 def test_the_plans_of_other_papers_are_written_too(tmp_path, tiny_pipe, monkeypatch):

@@ -1,4 +1,4 @@
-"""Calibration: what it fits, how it searches, that it can be stopped, and that its plan does what it simulated."""
+"""Calibration: what it fits, how it searches, and that its plan does what it simulated."""
 
 from contextlib import contextmanager
 
@@ -73,26 +73,6 @@ def test_towards_the_converged_solution_it_is_nearer_to_that(tiny_pipe):
 def test_the_same_seed_gives_the_same_plan(tiny_pipe):
     plans = {calibrated(tiny_pipe, seed=seed) for seed in (0, 0, 1)}
     assert len(plans) == 2
-
-
-def test_a_calibration_that_was_stopped_goes_on(tiny_pipe, tmp_path):
-    expected = calibrated(tiny_pipe)
-    checkpoint = tmp_path / "search.json"
-
-    def stop(done, total, best):
-        if done == 4:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        calibrated(tiny_pipe, checkpoint=checkpoint, on_progress=stop)
-    with attentions(tiny_pipe.transformer) as resumed:
-        assert calibrated(tiny_pipe, checkpoint=checkpoint) == expected
-    with attentions(tiny_pipe.transformer) as anew:
-        calibrated(tiny_pipe)
-    assert len(resumed) < len(anew)
-    with attentions(tiny_pipe.transformer) as other:  # another request does not take these answers for its own
-        calibrated(tiny_pipe, checkpoint=checkpoint, seed=1)
-    assert len(other) >= len(anew) - 8
 
 
 def test_progress_counts_up_and_the_best_never_falls(tiny_pipe):
