@@ -122,7 +122,7 @@ def main(program: str = "calibrate", prompts: Prompts = of_file) -> None:
     try:
         job()
     except KeyboardInterrupt:
-        print(f"{program}: interrupted; plans that were finished stay, the others have to be begun again", file=sys.stderr)
+        print(f"{program}: interrupted; plans that were finished stay", file=sys.stderr)
         sys.exit(130)
     except Exception as error:  # raised by Hydra
         commandline.fail(commandline.explain(error, program, "put several budgets in brackets, as [3,4]"), program)
