@@ -19,7 +19,7 @@ def measured(folder, slow, fast, beyond=()):
         for index, psnr in enumerate(scores):
             rows.append(first | {"prompt_id": f"p{index}", "psnr": psnr, "evaluations": evaluations})
         for index, psnr in enumerate(beyond):
-            rows.append(first | {"prompt_id": f"free-{index}", "psnr": psnr, "evaluations": evaluations})
+            rows.append(first | {"prompt_id": f"unlike-{index}", "psnr": psnr, "evaluations": evaluations})
     return results(rows)
 
 

@@ -31,7 +31,7 @@ class Promise:
     fraction: float = 0.95
     confidence: float = 0.9
     metric: str = "psnr"
-    outside: str = "free-"
+    outside: str = "unlike-"
     name: str = "promise"
     title: str = "A promised quality, and how often it is kept"
 
