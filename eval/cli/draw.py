@@ -30,6 +30,7 @@ from h2cache.eval.files import atomic_files, check_writable
 from h2cache.eval.generation.generate import Drawing, generate
 from h2cache.eval.generation.videos import contact_sheet, write_mp4
 from h2cache.eval.models.pipelines import ModelConfig, describe_machine, load_pipeline, takes
+from h2cache.plans.conditions import OtherConditions
 
 WARM_UP_STEPS = 3  # a first run pays for allocations and kernel choices; with a cache it also has to hit once
 GAP = 8  # pixels between the two images of a comparison
@@ -235,9 +236,14 @@ def _apply(pipe: DiffusionPipeline, method: Any) -> h2cache.Handle:
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Turn a pipeline's own refusal of its arguments, which comes before any work, into a UserError."""
+    """Turn a plan's refusal of the run, and a pipeline's of its arguments, both before any work, into a UserError."""
     try:
         yield
+    except OtherConditions as error:
+        raise UserError(
+            f"{error.reason}: calibrate one for this run (h2cache calibrate), or allow it with "
+            "method.allow_transfer=true"
+        ) from error
     except ValueError as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if frame.f_code.co_name != "check_inputs":

@@ -91,8 +91,9 @@ def check(cfg: DictConfig, choices: Mapping[str, str]) -> None:
 
 def _words_for_numbers(given: DictConfig, file: Path) -> Iterator[tuple[str, Any]]:
     """Fields that are text where the option's file has a number; `auto` is left to the class, which may allow it."""
-    for field, default in OmegaConf.load(file).items():
-        value = OmegaConf.to_container(given).get(field)
+    values = OmegaConf.to_container(given)
+    for field, default in OmegaConf.to_container(OmegaConf.load(file)).items():  # plain: a field may have no value yet
+        value = values.get(field)
         if isinstance(default, int | float) and isinstance(value, str) and value != "auto" and "${" not in value:
             yield field, value
 

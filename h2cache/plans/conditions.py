@@ -2,11 +2,21 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 TOLERANCE = 1e-3  # between two noise levels, which go from 1 to 0
+
+
+class OtherConditions(ValueError):
+    """A plan was to run under conditions that it was not made for; `reason` says which."""
+
+    def __init__(self, differences: Sequence[str]):
+        self.reason = f"this plan was made for {'; '.join(differences)}"
+        super().__init__(
+            f"{self.reason}: calibrate one for this run, or allow it with PlanConfig(plan, allow_transfer=True)"
+        )
 
 
 @dataclass(frozen=True)

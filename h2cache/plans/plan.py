@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 from ..config import CacheConfig
 from ..policy.forecasts import Forecast, Hermite, Taylor
 from .closed_form import adams_bashforth_weights, even_steps, forecast_weights
-from .conditions import Conditions
+from .conditions import Conditions, OtherConditions
 from .promise import Promise
 
 if TYPE_CHECKING:
@@ -165,16 +165,13 @@ class Plan:
         """The plan for a run under these conditions: itself, or resampled to the run's steps where that is allowed.
 
         Raises:
-            ValueError: where the plan was made for others and `allow_transfer` is False.
+            OtherConditions: a ValueError, where the plan was made for others and `allow_transfer` is False.
         """
         if allow_transfer:
             return self if conditions.steps in (None, self.steps) else self.resampled(conditions.steps)
         differences = self.made_for.differences(conditions)
         if differences:
-            raise ValueError(
-                f"this plan was made for {'; '.join(differences)}: calibrate one for this run, or allow it with "
-                "PlanConfig(plan, allow_transfer=True)"
-            )
+            raise OtherConditions(differences)
         return self
 
     def resampled(self, steps: int) -> "Plan":
