@@ -216,7 +216,6 @@ def test_a_command_that_is_not_well_formed_ends_before_torch_is_imported(tmp_pat
         ("model.path=nowhere", ["nowhere", "model_index.json"]),
         ("model.path=null", ["path or hub_id"]),
         ("compare=true method=none", ["compare=true", "method="]),
-        ("method=plan model.num_inference_steps=30", ["steps 50", "30", "calibrate", "method.allow_transfer=true"]),
         ("out=cat.jpg", ["cat.jpg", ".png"]),
         ("out=no/such/cat.png", ["no/such/cat.png", "no folder no/such"]),
         ("out=/proc/cat.png", ["/proc/cat.png", "out="]),

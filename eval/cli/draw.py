@@ -97,9 +97,8 @@ def run(cfg: DictConfig, choices: Mapping[str, str], number: int | None) -> None
         doctor.show(Console())
         return
     cfg = OmegaConf.masked_copy(cfg, [field for field in cfg if field != "doctor"])
-    if "prompt" in cfg and cfg.prompt is None:
-        cfg.prompt = STOP_SIGN if cfg.get("image") is None else ""
     job = _job(cfg, choices, number)
+    cfg.prompt = job.prompt
     check_writable(job.files(job.model.makes_videos))
     messages = Console(stderr=True, highlight=False)
     try:
@@ -158,7 +157,10 @@ def _job(cfg: DictConfig, choices: Mapping[str, str], number: int | None) -> Job
     if number is not None:
         out = out.with_stem(f"{out.stem}-{number}")
     image = None if cfg.image is None else Path(str(cfg.image)).expanduser()
-    return Job(str(cfg.prompt), image, cfg.seed, out, cfg.compare, model, method)
+    prompt = cfg.prompt
+    if prompt is None:
+        prompt = STOP_SIGN if image is None else ""
+    return Job(str(prompt), image, cfg.seed, out, cfg.compare, model, method)
 
 
 def _instantiate(cfg: DictConfig, group: str, choices: Mapping[str, str]) -> Any:

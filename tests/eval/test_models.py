@@ -139,6 +139,7 @@ def test_the_identity_of_a_model_counts_what_its_images_depend_on():
         ("model=wan2.2-ti2v-5b model.vae_dtype=int8", ["vae_dtype='int8'", "float32", "bfloat16"]),
         ("model=wan2.2-ti2v-5b out=cat.gif", ["cat.gif", ".png or .mp4"]),
         ("model=qwen-image out=cat.mp4", ["cat.mp4", "must end in .png"]),
+        ("method=plan model.num_inference_steps=30", ["steps 50", "30", "calibrate", "method.allow_transfer=true"]),
         ("model=qwen-image model.path=nowhere", ["nowhere", "model_index.json", "another diffusers pipeline"]),
     ],
 )
