@@ -28,12 +28,13 @@ transformer = FluxTransformer2DModel(
     in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
     joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8),
 )  # fmt: skip
+latents = torch.randn(1, 16, 4, generator=torch.Generator().manual_seed(0))
+prompt = {"encoder_hidden_states": torch.ones(1, 8, 32), "pooled_projections": torch.ones(1, 32)}
 ids = {"img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(8, 3)}
-with h2cache.apply(transformer, h2cache.H2CacheConfig(tau1=0.15, tau2=0.22)) as handle, torch.no_grad():
+with h2cache.apply(transformer, h2cache.H2CacheConfig(tau1=9.0, tau2=9.0)) as handle, torch.no_grad():
     for step in range(4):
-        transformer(
-            torch.randn(1, 16, 4, generator=torch.Generator().manual_seed(0)), torch.ones(1, 8, 32), torch.ones(1, 32),
-            timestep=torch.tensor([1 - step / 4]), **ids,
-        )  # fmt: skip
-print(handle.summary())
+        transformer(latents, timestep=torch.tensor([1 - step / 4]), **prompt, **ids)
+assert handle.summary()["steps"] == 4
+assert handle.summary()["stages"]["structure"]["hit"] > 0
+print(handle, TeaCacheConfig.__module__)
 PYTHON
