@@ -129,7 +129,7 @@ def test_the_identity_of_a_model_counts_what_its_images_depend_on():
         ("model=qwen-image model.guidance=3", ["there is no field guidance", "true_cfg_scale", "max_sequence_length"]),
         ("model=qwen-image +model.guidance=3", ["there is no field guidance", "true_cfg_scale", "num_frames", "fps"]),
         ("+model.guidance=3", ["there is no field guidance", "guidance_scale"]),
-        ("model=qwen-image model.true_cfg_scale=high", ["true_cfg_scale='high'", "number from 0", "null"]),
+        ("model=qwen-image model.true_cfg_scale=high", ["true_cfg_scale='high'", "number"]),
         ("model=qwen-image model.negative_prompt=3", ["negative_prompt=3", "text"]),
         ("model=qwen-image model.max_sequence_length=0", ["max_sequence_length=0", "whole number from 1"]),
         ("model=qwen-image model.width=100", ["width=100", "multiple of 16"]),
@@ -234,7 +234,7 @@ def test_a_model_that_cannot_be_cached_is_one_sentence():
 def test_a_t5_prompt_that_is_too_long_is_noted(tiny_pipe, tiny_pipe_folder, capsys):
     """The prompt has more tokens of CLIP as well, of which nothing is said."""
     config = DiffusersModelConfig(**FIELDS, path=str(tiny_pipe_folder), max_sequence_length=7)
-    wanted = job.Job("abcdefg", 0, Path("image.png"), False, config, None)
+    wanted = job.Job("abcdefg", None, 0, Path("image.png"), False, config, None)
     job._note_truncation(wanted, tiny_pipe, Console(width=200, stderr=True))
     read_and_written = f"the model reads 7 of the prompt's {len(tiny_pipe.tokenizer_2('abcdefg').input_ids)} tokens"
     assert capsys.readouterr().err == f"note: {read_and_written} (model.max_sequence_length)\n"
