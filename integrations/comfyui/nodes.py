@@ -1,13 +1,16 @@
 """The nodes. ComfyUI's own modules are imported where a node needs them, so that this file imports without ComfyUI."""
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .calibration import sample_and_calibrate
 from .plan_sampler import PlanTable, sample_plan
 
 CATEGORY = "sampling/custom_sampling/h2cache"
@@ -66,28 +69,49 @@ class H2CachePlanSampler:
         return {"required": {"plan": (PLAN,)}}
 
     def get_sampler(self, plan: PlanTable) -> tuple[Any]:
-        from comfy.samplers import KSAMPLER
-
-        return (KSAMPLER(sample_flow, {"plan": plan}),)
+        return (flow_sampler(sample_plan, plan=plan),)
 
 
-def sample_flow(
-    model: Any,
-    x: Tensor,
-    sigmas: Tensor,
-    extra_args: Mapping[str, Any] | None = None,
-    callback: Callable[[dict[str, Any]], None] | None = None,
-    disable: bool | None = None,
-    *,
-    plan: PlanTable,
-) -> Tensor:
-    """`sample_plan` for the model that ComfyUI's KSAMPLER passes.
+class H2CacheCalibrationSampler:
+    """Euler's method, as a sampler that also makes a plan."""
 
-    Raises:
-        ValueError: for a model that is no flow model, before it is called; and where `sigmas` are not the plan's.
-    """
-    refuse_unless_flow(model.inner_model.inner_model.model_sampling)
-    return sample_plan(model, x, sigmas, extra_args, callback, disable, plan=plan)
+    RETURN_TYPES = ("SAMPLER",)
+    FUNCTION = "get_sampler"
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "Samples with Euler's method, all steps, and writes a plan for this model and these sigmas to "
+        "models/h2cache_plans. Needs h2cache in ComfyUI's Python."
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        budget = {"default": 4.0, "min": 1.0, "max": 20.0, "step": 0.5, "tooltip": "how many times fewer steps"}
+        return {"required": {"budget": ("FLOAT", budget), "plan_name": ("STRING", {"default": "plan.json"})}}
+
+    def get_sampler(self, budget: float, plan_name: str) -> tuple[Any]:
+        if not re.fullmatch(r"\w[\w.-]*\.json", plan_name):
+            raise ValueError(f"plan_name = {plan_name!r}: must be letters, digits, `_`, `-` and `.`, and end in .json")
+        return (flow_sampler(sample_and_calibrate, budget=budget, target=folder() / plan_name),)
+
+
+def flow_sampler(sample: Callable[..., Tensor], **options: Any) -> Any:
+    """ComfyUI's sampler object for `sample`, which refuses a model that is no flow model before it is called."""
+    from comfy.samplers import KSAMPLER
+
+    @wraps(sample)
+    def sample_flow(
+        model: Any,
+        x: Tensor,
+        sigmas: Tensor,
+        extra_args: Mapping[str, Any] | None = None,
+        callback: Callable[[dict[str, Any]], None] | None = None,
+        disable: bool | None = None,
+        **options: Any,
+    ) -> Tensor:
+        refuse_unless_flow(model.inner_model.inner_model.model_sampling)
+        return sample(model, x, sigmas, extra_args, callback, disable, **options)
+
+    return KSAMPLER(sample_flow, options)
 
 
 def refuse_unless_flow(model_sampling: object) -> None:
@@ -104,15 +128,20 @@ def refuse_unless_flow(model_sampling: object) -> None:
         raise ValueError(f"an H2-Cache plan is for flow models (FLUX, Qwen-Image, Wan, SD3), and this one has {parts}")
 
 
-def plan_files() -> dict[str, Path]:
-    """The files in models/h2cache_plans by their name."""
+def folder() -> Path:
+    """Where ComfyUI's plans are; it need not be there."""
     import folder_paths
 
-    return {path.name: path for path in (Path(folder_paths.models_dir) / FOLDER).glob("*.json")}
+    return Path(folder_paths.models_dir) / FOLDER
+
+
+def plan_files() -> dict[str, Path]:
+    """The plans there by the names of their files."""
+    return {path.name: path for path in folder().glob("*.json")}
 
 
 def plan_file(name: str) -> Path:
-    """A file in models/h2cache_plans.
+    """The path of a plan there.
 
     Raises:
         ValueError: where there is none of this name.
@@ -127,9 +156,11 @@ NODE_CLASS_MAPPINGS = {
     "H2CacheLoadPlan": H2CacheLoadPlan,
     "H2CachePlanScheduler": H2CachePlanScheduler,
     "H2CachePlanSampler": H2CachePlanSampler,
+    "H2CacheCalibrationSampler": H2CacheCalibrationSampler,
 }
 NODE_DISPLAY_NAME_MAPPINGS = {
     "H2CacheLoadPlan": "H2-Cache: load plan",
     "H2CachePlanScheduler": "H2-Cache: plan scheduler",
     "H2CachePlanSampler": "H2-Cache: plan sampler",
+    "H2CacheCalibrationSampler": "H2-Cache: calibration sampler",
 }

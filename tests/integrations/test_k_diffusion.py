@@ -5,11 +5,11 @@ import sys
 
 import pytest
 import torch
-from plan_tables import exported
 from repository import REPOSITORY
 from standins import comfyui
 
 from h2cache import Plan
+from h2cache.plans.export import as_json
 
 SIGMAS = [1.0, 0.9, 0.75, 0.55, 0.3, 0.1]
 CONVENTION = ["model", "x", "sigmas", "extra_args", "callback", "disable"]
@@ -41,7 +41,7 @@ def drawn(sample, sigmas=None, **options):
 
 
 def table_of(plan_sampler, plan):
-    return plan_sampler.PlanTable.from_json(exported(plan))
+    return plan_sampler.PlanTable.from_json(as_json(plan))
 
 
 def test_the_parameters_are_those_of_the_convention(plan_sampler):
