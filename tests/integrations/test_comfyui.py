@@ -270,7 +270,7 @@ def test_a_plan_is_made_on_flux_mini(flux_mini, nodes, tmp_path):
     drawn = guider.sample(start, torch.zeros_like(start), sampler, sigmas)
     torch.testing.assert_close(drawn, uncached, atol=1e-4, rtol=0)
 
-    guider, start, uncached = recorded("a blue label that says TEA", 2, 3)
+    guider, start, uncached = recorded('a blue label that says "TEA"', 2, 3)
     plan = run(nodes["H2CacheLoadPlan"], plan_name="mini.json")
     own = (run(nodes["H2CachePlanSampler"], plan=plan), run(nodes["H2CachePlanScheduler"], plan=plan))
     (tmp_path / "h2cache_plans" / "euler.json").write_text(
