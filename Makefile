@@ -3,6 +3,7 @@
 # make test-thorough                         run the long products of cases that it leaves out (docs/tests.md)
 # make lint
 # make package                               build the wheel and try it in an empty environment; needs a package index
+# make docs                                  build the docs site into site/, strictly
 # bash run_exper.sh --help                   the paper's tables and figures
 #
 # The packages live in .venv, made by PYTHON (3.11 or newer). They are installed again only when a requirements file has
@@ -16,7 +17,7 @@ ARGS ?=
 WORKERS ?= 2
 OLD := 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is too old: make PYTHON=python3.11 or newer")'
 
-.PHONY: run test test-thorough lint package
+.PHONY: run test test-thorough lint docs package
 
 run: $(VENV)/run.stamp
 	$(BIN)/python run.py $(ARGS)
@@ -34,6 +35,9 @@ lint: $(VENV)/dev.stamp
 package:
 	bash tools/try_package.sh
 
+docs: $(VENV)/dev.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 $(VENV)/run.stamp: requirements.txt
 	@$(PIP) --version > /dev/null 2>&1 || { $(PYTHON) -c $(OLD) && $(PYTHON) -m venv --clear $(VENV); }
 	$(PIP) install -r requirements.txt
@@ -43,6 +47,6 @@ $(VENV)/eval.stamp: requirements-eval.txt $(VENV)/run.stamp
 	$(PIP) install -r requirements-eval.txt
 	@touch $@
 
-$(VENV)/dev.stamp: requirements-dev.txt $(VENV)/eval.stamp
+$(VENV)/dev.stamp: requirements-dev.txt requirements-docs.txt $(VENV)/eval.stamp
 	$(PIP) install -r requirements-dev.txt
 	@touch $@

@@ -115,12 +115,12 @@ def nunchaku_table() -> str:
 TABLES = {"nunchaku": nunchaku_table, "families": families_table}
 
 
-def inserted(page: str, text: str) -> str:
+def inserted(page: str, text: str, marks: tuple[str, str] = (BEGIN, END)) -> str:
     """The page with `text` between its marks. SystemExit where it has none."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = page.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
     if not begin or not end:
-        raise SystemExit(f"the page has no lines {BEGIN} and {END}: add them where the table belongs")
+        raise SystemExit(f"the page has no lines {' and '.join(marks)}: add them where the table belongs")
     return f"{before}{begin}\n{text}\n{end}{after}"
 
 

@@ -22,9 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from h2cache.eval.experiments.settings import Setting
 from h2cache.eval.experiments.study import Study, read_study
 from h2cache.eval.files import CONFIGS
-from h2cache.policy.rules import Interval
+from h2cache.policy.rules import Interval, RuleState
 from tools.coverage_matrix import inserted
 
+MARKS = "<!-- tools.predict: begin -->", "<!-- tools.predict: end -->"
 REACHED = 0.4  # the share of the peak rate that is reached: an assumption
 PRODUCTS = {"aten.bmm"}  # the products of attention, which stay in 16 bits; all others are linear layers
 
@@ -81,7 +82,7 @@ class Model:
 
     Fields:
         calls: of the denoiser in each step.
-        others: GB of the other parts in bfloat16, most of them text encoders, by the sizes on their model cards.
+        text, vae: GB of the text encoders in bfloat16 and of the VAE, by the sizes on their model cards.
         denoisers: how many there are; each serves a part of the steps.
     """
 
@@ -90,7 +91,8 @@ class Model:
     make: Callable[[], nn.Module]
     inputs: Callable[[Any, Any], dict[str, Any]]
     calls: int
-    others: float
+    text: float
+    vae: float
     denoisers: int = 1
 
 
@@ -155,7 +157,8 @@ MODELS = (
         partial(diffusers.FluxTransformer2DModel, guidance_embeds=True),
         _flux1,
         calls=1,
-        others=9.9,  # T5 XXL's encoder 9.5, CLIP L 0.25, VAE 0.17
+        text=9.8,  # T5 XXL's encoder and CLIP L
+        vae=0.2,
     ),
     Model(
         "flux2-dev",
@@ -163,18 +166,26 @@ MODELS = (
         diffusers.Flux2Transformer2DModel,
         partial(_flux, axes=4),
         calls=1,
-        others=48.2,  # Mistral Small 3.2 24B
+        text=48.0,  # Mistral Small 3.2 24B
+        vae=0.2,
     ),
     Model(
-        "qwen-image", "Qwen-Image", diffusers.QwenImageTransformer2DModel, _qwen, calls=2, others=16.8
-    ),  # Qwen2.5 VL 7B
+        "qwen-image",
+        "Qwen-Image",
+        diffusers.QwenImageTransformer2DModel,
+        _qwen,
+        calls=2,
+        text=16.6,  # Qwen2.5 VL 7B
+        vae=0.3,
+    ),
     Model(
         "wan2.2-ti2v-5b",
         "Wan 2.2 5B",
         partial(diffusers.WanTransformer3DModel, **WAN_5B),
         _wan_5b,
         calls=2,
-        others=14.2,  # UMT5 XXL's encoder 11.4, VAE in float32 2.8
+        text=11.4,  # UMT5 XXL's encoder
+        vae=2.8,  # in float32
     ),
     Model(
         "wan2.2-t2v-a14b",
@@ -182,7 +193,8 @@ MODELS = (
         diffusers.WanTransformer3DModel,
         partial(_wan, scale=8),
         calls=2,
-        others=11.9,  # UMT5 XXL's encoder 11.4, VAE in float32 0.5
+        text=11.4,  # UMT5 XXL's encoder
+        vae=0.5,  # in float32
         denoisers=2,
     ),
 )
@@ -192,7 +204,7 @@ MODELS = (
 def work(model: Model) -> Work:
     """Of one call at the size that the model's configuration asks for."""
     with torch.device("meta"):
-        denoiser = model.make().to(torch.bfloat16).eval()
+        denoiser = model.make().bfloat16().eval()
         inputs = model.inputs(denoiser.config, call_of(model))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         denoiser(**inputs)
@@ -205,7 +217,7 @@ def work(model: Model) -> Work:
 def call_of(model: Model) -> Any:
     """The fields of configs/model that say how the pipeline is called."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose("run", overrides=[f"model={model.config}", "method=none"]).model
+        return _run(model.config, "none").model
 
 
 def seconds_of_call(work: Work, card: Card, four_bits: bool = False) -> float:
@@ -226,16 +238,9 @@ def computed_steps(steps: int, interval: int, first_enhance: int = 3) -> int:
     """How many of `steps` TaylorSeer, HiCache and ClusCa compute: the engine's own rule, asked step by step."""
     rule, since, computed = Interval(interval, first_enhance), 0, 0
     for step in range(steps):
-        skips = rule.without_measuring(_Waiting(since), step, False).skips
+        skips = rule.without_measuring(RuleState(consecutive_hits=since), step, False).skips
         since, computed = (since + 1, computed) if skips else (0, computed + 1)
     return computed
-
-
-@dataclass(frozen=True)
-class _Waiting:
-    """What `Interval` looks at."""
-
-    consecutive_hits: int
 
 
 def most_evaluations(study: Study) -> int:
@@ -253,9 +258,12 @@ def paper_table(model: str) -> Study:
     """The experiment `table1` as `python -m eval` reads it."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose("eval", overrides=[f"model={model}", "experiment=table1"])
-        return read_study(
-            cfg, model, lambda name: compose("run", overrides=[f"model={model}", f"method={name}"]).method
-        )
+        return read_study(cfg, model, lambda name: _run(model, name).method)
+
+
+def _run(model: str, method: str) -> Any:
+    """What configs/run.yaml says with these."""
+    return compose("run", overrides=[f"model={model}", f"method={method}"])
 
 
 def tables() -> str:
@@ -274,12 +282,12 @@ def tables() -> str:
 
 
 def _memory() -> Iterator[Sequence[str]]:
-    yield "model", "denoiser, GB", "text encoder and VAE, GB", "all on the GPU, GB", "largest part, GB"
+    yield "model", "denoiser, GB", "text encoders, GB", "all parts, GB", "largest part, GB"
     for model in MODELS:
         weights = work(model).weight_bytes / 1e9
         name = f"{model.label}" + (f" ({model.denoisers} denoisers)" if model.denoisers > 1 else "")
-        total = weights * model.denoisers + model.others
-        yield name, f"{weights:.1f}", f"{model.others:.1f}", f"{total:.0f}", f"{max(weights, model.others):.1f}"
+        total = weights * model.denoisers + model.text + model.vae
+        yield name, f"{weights:.1f}", f"{model.text:.1f}", f"{total:.0f}", f"{max(weights, model.text):.1f}"
 
 
 def _times() -> Iterator[Sequence[str]]:
@@ -302,12 +310,18 @@ def _time(one: Work, card: Card, calls: int, four_bits: bool) -> str:
     seconds = seconds_of_call(one, card, four_bits) * calls
     if math.isnan(seconds):
         return "no kernels"
-    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
+    return _duration(seconds)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 600:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _schedules() -> Iterator[Sequence[str]]:
     intervals = (3, 4, 5, 6, 7)
-    yield "steps", *(f"interval {interval}" for interval in intervals)
+    yield "of the steps", *(f"interval {interval}" for interval in intervals)
     for steps in (28, 50, 100):
         yield str(steps), *(str(computed_steps(steps, interval)) for interval in intervals)
 
@@ -318,14 +332,15 @@ def _hours() -> Iterator[str]:
     (experiment,) = study.experiments
     prompts, evaluations = len(study.prompts[experiment.prompts]), most_evaluations(study)
     yield (
-        f"**Predicted** hours for the paper's table (`experiment=table1`, FLUX.1-dev in bfloat16) at most: {prompts} "
-        f"prompts, {len(experiment.settings)} settings, {evaluations:,} evaluations a prompt if no threshold is met:"
+        f"**Predicted** time of the paper's table on that many cards, at most (`experiment=table1`, FLUX.1-dev in "
+        f"bfloat16: {prompts} prompts, {len(experiment.settings)} settings, {evaluations:,} evaluations a prompt if no "
+        "threshold is ever met):"
     )
     model = next(model for model in MODELS if model.config == "flux1-dev")
     rows = [("cards", *(f"{card.name}" for card in CARDS))]
     for count in counts:
-        hours = (seconds_of_call(work(model), card) * evaluations * prompts / count / 3600 for card in CARDS)
-        rows.append((str(count), *(f"{each:.1f}" for each in hours)))
+        seconds = (seconds_of_call(work(model), card) * evaluations * prompts / count for card in CARDS)
+        rows.append((str(count), *map(_duration, seconds)))
     yield _markdown(rows)
 
 
@@ -342,7 +357,7 @@ def main() -> None:
     if page is None:
         print(tables())
     else:
-        page.write_text(inserted(page.read_text(encoding="utf-8"), tables()), encoding="utf-8")
+        page.write_text(inserted(page.read_text(encoding="utf-8"), tables(), MARKS), encoding="utf-8")
 
 
 if __name__ == "__main__":
