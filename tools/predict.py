@@ -314,7 +314,7 @@ def _time(one: Work, card: Card, calls: int, four_bits: bool) -> str:
 
 
 def _duration(seconds: float) -> str:
-    if seconds < 600:
+    if seconds < 200:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
@@ -354,10 +354,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables into a page")
     page = parser.parse_args().write
+    made = tables()
     if page is None:
-        print(tables())
+        print(made)
     else:
-        page.write_text(inserted(page.read_text(encoding="utf-8"), tables(), MARKS), encoding="utf-8")
+        page.write_text(inserted(page.read_text(encoding="utf-8"), made, MARKS), encoding="utf-8")
 
 
 if __name__ == "__main__":
