@@ -56,7 +56,7 @@ was made from. "small" is 32x32 and nothing else.
 
 The words are read by `h2cache.eval.metrics.reader`; character errors are edits a letter. Of the truth itself it reads
 {drawn_words:.1f} % of the words ({drawn_errors:.1f} % character errors). Of the truth through flux-mini's autoencoder,
-which bounds every result, it reads {vae_words:.1f} % ({vae_errors:.1f} %), at {vae_psnr:.2f} dB PSNR and
+which bounds what the pipeline gives, it reads {vae_words:.1f} % ({vae_errors:.1f} %), at {vae_psnr:.2f} dB PSNR and
 {vae_ssim:.3f} SSIM. The row without the prompt tells how much the caption helps. Fewer steps average over what the
 picture leaves open. Back-projected: corrected by the difference between the small picture and the result shrunk again,
 three times, and so is the bicubic enlargement beside it; no part of the model, and a measure of what it loses of the
