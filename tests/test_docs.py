@@ -1,8 +1,8 @@
 """The docs site and README.md: the site builds, the code of every page runs, and every command is a valid one.
 
 The Python blocks of a page run one after the other, in one namespace, in a folder that has the clone's `assets`. Four
-names are given: `h2cache`, `pipe` (flux-mini), `prompt` and `prompts`. A run of flux-mini has at most six steps, and a
-pipeline of the hub is a tiny random one of the same class. A block with a title is a file, and is written instead. On
+names are given: `h2cache`, `pipe` (flux-mini), `prompt` and `prompts`. A run of flux-mini has eight steps at most, and
+a pipeline of the hub is a tiny random one of the same class. A block with a title is a file, and is written instead. On
 extend.md the commands run as well.
 """
 
@@ -42,7 +42,8 @@ FAMILIES = {
     diffusers.QwenImagePipeline: "qwen-image",
     diffusers.WanPipeline: "wan-a14b",
 }
-STEPS = 6
+STEPS = 8
+SHORT = {"tries": 0, "rounds": 0}  # of a calibration
 PROMPTS = [
     f'a {each} label that says "TEA" in white serif letters, on an orange brick wall' for each in ("green", "red")
 ]
@@ -95,12 +96,8 @@ def nothing_stays(monkeypatch) -> None:
 @pytest.fixture
 def small(monkeypatch) -> None:
     """Runs have few steps, searches take the first that they find, models of the hub are tiny, no video is encoded."""
-    load, call, tune, calibrate = (
-        DiffusionPipeline.from_pretrained.__func__,
-        FluxPipeline.__call__,
-        h2cache.tune,
-        h2cache.calibrate,
-    )
+    load, call = DiffusionPipeline.from_pretrained.__func__, FluxPipeline.__call__
+    tune, calibrate = h2cache.tune, h2cache.calibrate
 
     def from_pretrained(cls: type, source: str, **options: Any) -> DiffusionPipeline:
         if not Path(source).exists():
@@ -121,13 +118,20 @@ def small(monkeypatch) -> None:
     def tuned(pipe: Any, prompts: list[str], method: Any, target: Any, **options: Any) -> Any:
         return tune(pipe, prompts[:1], method, h2cache.Psnr(1), **{**options, "trials": 1})
 
-    def calibrated(pipe: Any, prompts: list[str], budget: float, steps: int, **options: Any) -> Any:
-        return calibrate(pipe, prompts[:1], budget, STEPS, **options)
+    def calibrated(pipe: Any, prompts: list[str], budget: float | None = None, **options: Any) -> Any:
+        if "quality" in options:
+            options["quality"] = h2cache.AtLeast(psnr=1, fraction=0.5, confidence=0.5)
+        return calibrate(pipe, prompts, budget, **{**options, "steps": STEPS, **SHORT})
+
+    class Recorded(h2cache.plans.Calibration):
+        def __init__(self, *args: Any, **options: Any):
+            super().__init__(*args, **{**options, "steps": STEPS, **SHORT})
 
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", classmethod(from_pretrained))
     monkeypatch.setattr(FluxPipeline, "__call__", few_steps)
     monkeypatch.setattr(h2cache, "tune", tuned)
     monkeypatch.setattr(h2cache, "calibrate", calibrated)
+    monkeypatch.setattr(h2cache.plans, "Calibration", Recorded)
     monkeypatch.setattr(diffusers.utils, "export_to_video", lambda frames, path, fps: None)
 
 

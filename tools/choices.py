@@ -1,4 +1,4 @@
-"""The measured table of docs/choose.md, from docs/results: `python -m tools.choices --write docs/choose.md`."""
+"""The measured tables of docs/choose.md, from docs/results: `python -m tools.choices --write docs/choose.md`."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from tools.coverage_matrix import inserted
 
 MARKS = "<!-- tools.choices: begin -->", "<!-- tools.choices: end -->"
 RESULTS = REPOSITORY / "docs" / "results"
-ROWS: Mapping[str, Sequence[str]] = {  # experiment: settings, each by the beginning of its name
+ROWS: Mapping[str, Sequence[str]] = {  # experiment: settings
     "table1": [
         "Baseline",
         "UniPC",
@@ -23,7 +23,15 @@ ROWS: Mapping[str, Sequence[str]] = {  # experiment: settings, each by the begin
         "Hi-ClusCa",
         "Plan",
     ],
-    "solvers": ["HiCache on UniPC", "H2-Cache on UniPC"],
+    "solvers": [
+        "Baseline",
+        "UniPC, steps = 12",
+        "UniPC, steps = 20",
+        "HiCache, interval = 4",
+        "HiCache on UniPC, interval = 2, steps = 20",
+        "H2-Cache on UniPC, steps = 20",
+        "Plan, plan = flux-mini-4",
+    ],
 }
 COLUMNS = {
     "evaluations": ("evaluations_mean", ".1f"),
@@ -33,15 +41,16 @@ COLUMNS = {
 }
 
 
-def table() -> str:
-    """In Markdown: the first row of each method, as measured."""
+def tables() -> str:
+    """In Markdown, a table of each experiment: all rows of one table are over the same prompts."""
+    return "\n\n".join(f"{title}\n\n{table}" for title, table in map(_table, ROWS))
+
+
+def _table(experiment: str) -> tuple[str, str]:
+    measured = pd.read_csv(RESULTS / experiment / "summary.csv", na_values="n/a").set_index("setting")
     lines = [f"| setting | {' | '.join(COLUMNS)} |", "|---|" + "---:|" * len(COLUMNS)]
-    for experiment, methods in ROWS.items():
-        measured = pd.read_csv(RESULTS / experiment / "summary.csv", na_values="n/a").set_index("setting")
-        for method in methods:
-            name = next(name for name in measured.index if name.partition(",")[0] == method)
-            lines.append(f"| {name} | {' | '.join(_cells(measured.loc[name]))} |")
-    return "\n".join(lines)
+    lines += [f"| {name} | {' | '.join(_cells(measured.loc[name]))} |" for name in ROWS[experiment]]
+    return f"Experiment `{experiment}`, {measured['prompts'].max()} prompts:", "\n".join(lines)
 
 
 def _cells(row: pd.Series) -> list[str]:
@@ -50,12 +59,12 @@ def _cells(row: pd.Series) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table into a page")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables into a page")
     page = parser.parse_args().write
     if page is None:
-        print(table())
+        print(tables())
     else:
-        page.write_text(inserted(page.read_text(encoding="utf-8"), table(), MARKS), encoding="utf-8")
+        page.write_text(inserted(page.read_text(encoding="utf-8"), tables(), MARKS), encoding="utf-8")
 
 
 if __name__ == "__main__":
