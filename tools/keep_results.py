@@ -66,11 +66,16 @@ def _index(names: list[str], name: str, table: str) -> int:
     return names.index(name)
 
 
+def pages() -> list[Path]:
+    """Whose tables are made anew."""
+    return [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="the folder that run_exper.sh wrote")
     folders = keep(parser.parse_args().run)
-    for page in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))):
+    for page in pages():
         text = page.read_text(encoding="utf-8")
         filled = fill(text)
         if filled != text:

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from tools.keep_results import fill, keep
+from repository import REPOSITORY
+
+from tools.keep_results import fill, keep, pages
 
 TABLE = "### T\n\n| setting | a, dB | b |\n|---|---:|---:|\n| Baseline | 1 | 2 |\n| H2\\|x | 3 | 4 |\n\n- note\n"
 
@@ -48,3 +50,9 @@ def test_a_table_is_made_anew_with_the_columns_and_rows_asked_for(kept):
 def test_what_is_not_there_is_named(kept):
     with pytest.raises(ValueError, match="table1/summary has no 'c', but setting, a, dB, b"):
         fill("<!-- table table1/summary; columns: c -->\n<!-- /table -->", kept)
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.relative_to(REPOSITORY).as_posix())
+def test_the_tables_of_the_docs_are_those_of_the_results_that_are_kept(page):
+    text = page.read_text(encoding="utf-8")
+    assert fill(text) == text
