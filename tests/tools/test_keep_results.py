@@ -3,7 +3,6 @@
 import json
 
 import pytest
-
 from repository import REPOSITORY
 
 from tools.keep_results import fill, keep, pages
