@@ -115,7 +115,7 @@ def flow_sampler(sample: Callable[..., Tensor], **options: Any) -> Any:
 
 
 def refuse_unless_flow(model_sampling: object) -> None:
-    """Nothing, for a model with x = (1 - sigma) * clean + sigma * noise and denoised = x - sigma * output.
+    """Nothing, for a model with denoised = x - sigma * output, which ComfyUI calls CONST.
 
     Raises:
         ValueError: for any other: a plan's weights are for outputs of flow models.
@@ -123,7 +123,7 @@ def refuse_unless_flow(model_sampling: object) -> None:
     from comfy.model_sampling import CONST
 
     kind = type(model_sampling)
-    if any(getattr(kind, name, None) is not getattr(CONST, name) for name in ("calculate_denoised", "noise_scaling")):
+    if getattr(kind, "calculate_denoised", None) is not CONST.calculate_denoised:
         parts = " with ".join(base.__name__ for base in kind.__bases__)
         raise ValueError(f"an H2-Cache plan is for flow models (FLUX, Qwen-Image, Wan, SD3), and this one has {parts}")
 

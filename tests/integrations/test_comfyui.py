@@ -227,15 +227,17 @@ def test_the_calibration_sampler_draws_as_euler_and_makes_a_plan(nodes, tmp_path
 
     sampler = run(nodes["H2CacheCalibrationSampler"], budget=4.0, plan_name="own-4.json")
     guider, said = flow_guider(velocity), []
-    drawn = guider.sample(start, torch.zeros_like(start), sampler, levels, callback=lambda *each: said.append(each[0]))
+    drawn = guider.sample(start, torch.zeros_like(start), sampler, levels, callback=lambda *each: said.append(each))
     expected = start
     for sigma, later in pairwise(levels):
         expected = expected + (later - sigma) * curved(expected, sigma.expand(3))
     torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-4)
-    assert said == list(range(24)) and len(calls) == 24 + 6
+    assert [step for step, *_ in said] == list(range(24)) and len(calls) == 24 + 6
+    torch.testing.assert_close(said[0][1], start - curved(start, levels[:1].expand(3)))
 
     plan = run(nodes["H2CacheLoadPlan"], plan_name="own-4.json")
     assert len(plan.strides) == 6 and plan.sigmas[0] == 1 and max(map(len, plan.strides)) == 3
+    assert max(abs(a - b) for a, b in zip(plan.sigmas, levels[::4].tolist(), strict=True)) > 0.01  # steps were chosen
     sigmas = run(nodes["H2CachePlanScheduler"], plan=plan)
     with_plan = guider.sample(start, torch.zeros_like(start), run(nodes["H2CachePlanSampler"], plan=plan), sigmas)
     few, x = levels[::4], start
