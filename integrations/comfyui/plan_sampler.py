@@ -22,7 +22,7 @@ SUM_TOLERANCE = 1e-4  # between the sum of a step's strides, which are rounded t
 
 @dataclass(frozen=True)
 class PlanTable:
-    """What `h2cache.plans.export.as_json` writes.
+    """What `h2cache plan export --format json` writes.
 
     Attributes:
         sigmas: noise levels at which the model is called, falling from at most 1, and 0, where the run ends.
@@ -58,9 +58,9 @@ class PlanTable:
                 tuple(float(sigma) for sigma in data["sigmas"]),
                 tuple(tuple(float(stride) for stride in strides) for strides in data["strides"]),
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(
-                "this is no exported plan: h2cache.plans.export.as_json writes one, with `sigmas` and `strides`"
+                "this is no exported plan: `h2cache plan export FILE --format json` writes one, with sigmas and strides"
             ) from error
 
     @classmethod

@@ -329,7 +329,7 @@ def test_half_precision_comes_back_as_it_was(package):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "a.json"),
+        ("", "no exported plan"),
         ("[]", "no exported plan"),
         (PLAIN.to_json(), "no exported plan"),
         ('{"sigmas": [1, 0], "strides": []}', "one sigma more"),
