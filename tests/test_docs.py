@@ -28,6 +28,7 @@ from repository import REPOSITORY
 
 import h2cache
 import run
+from h2cache import baselines
 from h2cache.adapters import Registry
 from h2cache.eval import __main__ as evaluation
 from h2cache.eval.cli import arguments as commandline
@@ -215,6 +216,12 @@ def test_the_readme_links_to_files_that_exist():
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         assert target.startswith("https://") or (REPOSITORY / target).exists(), target
+
+
+def test_the_reference_has_every_public_name():
+    text = "".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
+    described = {path.rpartition(".")[2] for path in re.findall(r"^::: (\S+)", text, re.MULTILINE)}
+    assert {*h2cache.__all__, *baselines.__all__} <= described
 
 
 def test_the_site_builds_without_a_warning(tmp_path, monkeypatch):
