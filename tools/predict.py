@@ -270,7 +270,7 @@ def tables() -> str:
     """What docs/gpu.md has between its marks."""
     return "\n\n".join(
         [
-            "Memory for the weights, in bfloat16 (counted; what a step needs besides is not in it):",
+            "Memory for the weights in bfloat16. Denoisers are counted, the other parts are as their model cards say:",
             _markdown(_memory()),
             f"**Predicted** time of denoising one image or video **without a cache**, u = {REACHED:g}:",
             _markdown(_times()),

@@ -1,10 +1,14 @@
 """`python -m tools.predict`: the formula, and what it is fed with."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 from repository import REPOSITORY
 
+from h2cache import H2CacheConfig
+from h2cache.baselines import HiCacheConfig
+from h2cache.eval.experiments.settings import Setting
 from tools.coverage_matrix import inserted
 from tools.predict import (
     CARDS,
@@ -56,10 +60,19 @@ def test_steps_of_a_schedule(steps, interval, computed):
     assert computed_steps(steps, interval) == computed == len({0, 1, 2} | set(range(2, steps, interval)))
 
 
-def test_the_papers_table_without_a_single_hit():
-    """Baseline and three thresholds: 100 each. Three solvers: 24. Intervals of 5 (four times), 6, and 7 (twice)."""
-    scheduled = 4 * 22 + 19 + 2 * 16
-    assert most_evaluations(paper_table("flux1-dev")) == 4 * 100 + 3 * 24 + scheduled
+def test_a_table_without_a_single_hit():
+    """A threshold computes all of its steps, a schedule its own, a solver as many as it is given."""
+    settings = [Setting("Baseline", "Baseline", None), Setting("H2-Cache", "H2-Cache", H2CacheConfig())]
+    settings.append(Setting("HiCache", "HiCache", HiCacheConfig(interval=5)))
+    settings.append(Setting("UniPC", "UniPC", None, steps=24, scheduler="unipc"))
+    study = SimpleNamespace(experiments=[SimpleNamespace(settings=settings, steps=100)])
+    assert most_evaluations(study) == 100 + 100 + 22 + 24
+
+
+def test_the_papers_table_is_the_experiment_on_the_papers_prompts():
+    study = paper_table("flux1-dev")
+    (experiment,) = study.experiments
+    assert (experiment.name, experiment.steps, len(study.prompts[experiment.prompts])) == ("table1", 100, 80)
 
 
 @pytest.mark.thorough
