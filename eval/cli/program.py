@@ -129,6 +129,22 @@ def calibrate(
 
 
 @app.command()
+def demo(
+    fields: Fields = None,
+    model: Model = "flux-mini",
+    host: Annotated[
+        str, typer.Option(help="The address to listen at; 0.0.0.0: at all of this machine's.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="From 7860 the first free one if not given.")
+    ] = None,
+) -> None:
+    """Serve a page on which a method's fields are turned and their effect is seen."""
+    _needs("demo", "gradio", "datasets", "matplotlib", "scipy", "jinja2")
+    import_module("h2cache.eval.demo.app").main([*_models().overrides(model), *(fields or ())], host, port)
+
+
+@app.command()
 def doctor() -> None:
     """Show what is on this machine and which models can run on it."""
     from rich.console import Console

@@ -15,7 +15,7 @@ from h2cache import Plan
 from h2cache.eval.cli import models, program
 
 SMALL = ["model.height=32", "model.width=32", "model.max_sequence_length=40", "model.dtype=float32"]
-COMMANDS = "generate compare bench tune calibrate doctor plan".split()
+COMMANDS = "generate compare bench tune calibrate demo doctor plan".split()
 
 
 @pytest.fixture
@@ -53,6 +53,12 @@ def test_each_command_has_a_help_that_fits_a_screen(types, command):
     code, told, stderr = types(*command.split(), "--help")
     assert (code, stderr) == (0, "")
     assert len(told.splitlines()) <= 30
+
+
+def test_the_demo_says_what_it_lacks(types, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, told, stderr = types("demo")
+    assert (code, told) == (2, "") and "gradio" in stderr and "pip install 'h2cache[demo]'" in stderr
 
 
 def test_it_draws_any_pipeline_from_its_folder(types, tiny_pipe, tiny_pipe_folder, tmp_path):

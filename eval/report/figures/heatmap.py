@@ -1,5 +1,6 @@
 """How two fields of a method act together: one heat map for each measure."""
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,12 +65,8 @@ class HeatMap(FigureOutput):
             numbers = np.array(
                 [[each.of(grid[r, c]).value if (r, c) in grid else np.nan for c in columns] for r in rows]
             )
-            _panel(ax, numbers, each)
-            ax.set_title("\n".join(lines), weight="bold")
-            ax.set_xticks(range(len(columns)), [_text(value) for value in columns])
-            ax.set_yticks(range(len(rows)), [_text(value) for value in rows])
-            ax.set_xlabel(FIELD_LABELS.get(self.columns, self.columns))
-            ax.set_ylabel(FIELD_LABELS.get(self.rows, self.rows))
+            title = "\n".join(lines)
+            heat_panel(ax, numbers, each.format, title, {self.rows: rows}, {self.columns: columns})
             self._mark(ax, rows, columns)
         for ax in axes[len(shown) :]:
             ax.remove()
@@ -137,8 +134,24 @@ class HeatMap(FigureOutput):
         return " ".join([text, *missing])
 
 
-def _panel(ax: Axes, numbers: np.ndarray, each: Measure) -> None:
-    """Coloured cells with their numbers; a cell without one is hatched."""
+def heat_panel(
+    ax: Axes,
+    numbers: np.ndarray,
+    words: Callable[[float], str],
+    title: str,
+    rows: Mapping[str, Sequence],
+    columns: Mapping[str, Sequence],
+) -> None:
+    """Coloured cells with their numbers in `words`; a cell without one, NaN, is hatched.
+
+    `rows` and `columns` each have one field and its values.
+    """
+    ((across, ticks_across),), ((down, ticks_down),) = columns.items(), rows.items()
+    ax.set_title(title, weight="bold")
+    ax.set_xticks(range(len(ticks_across)), [_text(value) for value in ticks_across])
+    ax.set_yticks(range(len(ticks_down)), [_text(value) for value in ticks_down])
+    ax.set_xlabel(FIELD_LABELS.get(across, across))
+    ax.set_ylabel(FIELD_LABELS.get(down, down))
     finite = numbers[np.isfinite(numbers)]
     low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
     norm = Normalize(low, high if high > low else low + 1, clip=True)
@@ -150,7 +163,7 @@ def _panel(ax: Axes, numbers: np.ndarray, each: Measure) -> None:
             corner = (column - 0.5, row - 0.5)
             ax.add_patch(Rectangle(corner, 1, 1, fill=False, hatch="////", edgecolor="#c0c0c0", linewidth=0))
         ink = "white" if _luminance(colours[row, column]) < 0.42 else BLACK
-        ax.text(column, row, each.format(value), ha="center", va="center", color=ink, gid=f"cell {row} {column}")
+        ax.text(column, row, words(value), ha="center", va="center", color=ink, gid=f"cell {row} {column}")
     ax.set_xticks(np.arange(numbers.shape[1] + 1) - 0.5, minor=True)
     ax.set_yticks(np.arange(numbers.shape[0] + 1) - 0.5, minor=True)
     ax.grid(which="minor", color="white", linewidth=1.2)

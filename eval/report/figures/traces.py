@@ -37,6 +37,7 @@ MARKS = {
     "forced": Mark("forced hit", "|", "#0072b2", True, 14),
     "warmup": Mark("warm-up", "^", BLACK, True, 12),
 }
+LEGEND = {"loc": "outside upper center", "columnspacing": 1.0, "handletextpad": 0.3}
 THRESHOLD = {"color": BLACK, "linestyle": (0, (4, 2)), "linewidth": 0.8}
 
 
@@ -88,8 +89,29 @@ class MetricTrace(FigureOutput):
         for ax in axes[-1]:
             ax.set_xlabel("denoising step")
         figure.supylabel("metric of the stage (relative L1 change)", size=8)
-        figure.legend(handles=_legend(), loc="outside upper center", ncols=5, columnspacing=1.0, handletextpad=0.3)
+        figure.legend(handles=_legend(), **LEGEND, ncols=5)
         return Drawn(figure, _caption(results, prompts, panels))
+
+
+def timeline(trace: pd.DataFrame) -> Figure:
+    """One run of one image, a panel for each stage, drawn inside `styled()`: also of a method that measures nothing.
+
+    Args:
+        trace: `handle.trace.to_pandas()` of one run or more, of which the first is shown; it has a row.
+    """
+    stages = _by_stage(trace)
+    figure = Figure(figsize=(COLUMN, len(stages) * PANEL + 0.95), layout="constrained")
+    axes = figure.subplots(len(stages), 1, sharex=True, squeeze=False)[:, 0]
+    for ax, (stage, rows) in zip(axes, stages.items(), strict=True):
+        _panel(ax, rows, _top(rows))
+        ax.set_ylabel(stage)
+        if not _measured({stage: rows}):
+            ax.set_yticks([])
+    axes[-1].set_xlabel("denoising step")
+    if _measured(stages):
+        figure.supylabel("metric", size=8)
+    figure.legend(handles=_legend(), **LEGEND, ncols=3)
+    return figure
 
 
 def _caption(results: Results, prompts: list[str], panels: dict[str, list[str]]) -> str:
@@ -112,6 +134,11 @@ def _stages(results: Results, setting: str, prompt_id: str) -> dict[str, pd.Data
     except (OSError, ValueError) as error:
         advice = "delete it and run the experiment again"
         raise UserError(f"cannot read the trace {row['trace']}: {error}; {advice}") from error
+    return _by_stage(trace)
+
+
+def _by_stage(trace: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Stage to its rows in a trace, of one run and its first context and sample."""
     same = trace.groupby(["run", "context", "sample"], sort=False, dropna=False).ngroup() == 0
     return dict(iter(trace[same].groupby("stage", sort=False)))
 
