@@ -32,7 +32,7 @@ from h2cache.eval.models.pipelines import ModelConfig, load_pipeline
 from h2cache.plans import Calibration
 from h2cache.plans.calibrate import BUDGETS, PARTS, REFERENCES, computed_steps, evaluations_of_a_plan
 
-METHODS = (("budcache", budcache), ("l2p", l2p), ("dpcache", dpcache), ("bespoke", bespoke))  # of other papers
+OTHERS = (("budcache", budcache), ("l2p", l2p), ("dpcache", dpcache), ("bespoke", bespoke))  # of other papers
 SEARCH = ("reference", "seed", "history", "ridge", "tries", "few", "rounds", "batch_size")
 
 
@@ -41,7 +41,7 @@ class Settings:
     """The fields of configs/calibrate.yaml. `search` are arguments of `h2cache.plans.Calibration`."""
 
     name: str
-    method: str
+    kind: str
     model: ModelConfig
     budgets: tuple[float, ...]
     steps: int
@@ -64,9 +64,9 @@ class Settings:
                 f"budget={list(self.budgets)} is not allowed: it must be a number from 1 to the {self.steps} steps, or "
                 "several"
             )
-        if self.method != "plan" and (self.method not in dict(METHODS) or self.quality):
-            choices = ", ".join(["plan", *dict(METHODS)])
-            raise UserError(f"method={self.method} is not allowed: it must be one of {choices}, with psnr= plan")
+        if self.kind != "plan" and (self.kind not in dict(OTHERS) or self.quality):
+            choices = ", ".join(["plan", *dict(OTHERS)])
+            raise UserError(f"kind={self.kind} is not allowed: it must be one of {choices}, with psnr= plan")
         if self.search["reference"] not in REFERENCES:
             choices = " or ".join(REFERENCES)
             raise UserError(f"reference={self.search['reference']} is not allowed: it must be {choices}")
@@ -84,8 +84,8 @@ class Settings:
         """The plans' files."""
         wanted = [f"{self.quality.psnr:g}dB"] if self.quality else [f"{budget:g}" for budget in self.budgets]
         ending = "" if self.search["reference"] == "uncached" else f"-{self.search['reference']}"
-        if self.method != "plan":
-            ending += f"-{self.method}"
+        if self.kind != "plan":
+            ending += f"-{self.kind}"
         if self.steps != self.model.num_inference_steps:
             ending = f"-{self.steps}steps{ending}"
         return [self.folder / f"{self.name}-{each}{ending}.json" for each in wanted]
@@ -138,7 +138,7 @@ def _settings(cfg: DictConfig, name: str) -> Settings:
         raise UserError(f"psnr={cfg.psnr}: {error}") from error
     return Settings(
         name=name,
-        method=cfg.method,
+        kind=cfg.kind,
         model=model,
         budgets=tuple(cfg.budget) if isinstance(cfg.budget, ListConfig) else (cfg.budget,),
         steps=model.num_inference_steps if cfg.steps is None else cfg.steps,
@@ -189,8 +189,8 @@ def _plans(pipe: Any, prompts: Sequence[str], settings: Settings, call: dict[str
         return
     calibration = Calibration(pipe, prompts, settings.steps, **settings.search, **call)
     for budget, target in zip(settings.budgets, settings.targets, strict=True):
-        if settings.method != "plan":
-            yield dict(METHODS)[settings.method](calibration, computed_steps(budget, settings.steps))
+        if settings.kind != "plan":
+            yield dict(OTHERS)[settings.kind](calibration, computed_steps(budget, settings.steps))
             continue
         with _bar(target.stem) as show:
             yield calibration.plan(budget, show)

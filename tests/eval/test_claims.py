@@ -151,7 +151,7 @@ def test_the_residuals_of_every_block_are_recorded(model):
     features = recorded(model, [(Prompt("0", "a sign"), 0), (Prompt("1", "a cat"), 1)], steps=6)
     assert len(features.values) == 6 and features.values.shape[1] == len(features.blocks)
     assert features.blocks[0] == "structure 1" and features.blocks[-1].startswith("detail")
-    alone = recorded(model, [("a cat", 1)], steps=6).values
+    alone = recorded(model, [(Prompt("1", "a cat"), 1)], steps=6).values
     assert torch.equal(features.values[:, :, -alone.shape[2] :], alone) and alone.std(dim=2).min() > 0
 
 

@@ -29,7 +29,8 @@ from h2cache.eval.metrics.images import PSNR, psnr
 from h2cache.eval.metrics.registry import METRICS
 
 OF_PICTURES = {"superresolution"}  # what needs a model that is given pictures, and is not done unasked
-SHIPPED = sorted({path.stem for path in (REPOSITORY / "configs/experiment").iterdir()} - OF_PICTURES)
+ASKED_FOR = OF_PICTURES | {"promise"}  # 344 images of the baseline, for a model that has plans
+SHIPPED = sorted({path.stem for path in (REPOSITORY / "configs/experiment").iterdir()} - ASKED_FOR)
 CALL = {"height": 32, "width": 32, "num_inference_steps": 4, "max_sequence_length": 24}
 # A small experiment: the settings of one, without outputs that are tested elsewhere.
 SMALL = ["experiment=qualitative", "experiments.qualitative.outputs=[]", "experiments.qualitative.metrics=[psnr]"]

@@ -21,7 +21,7 @@ PROMPTS = ["a red sign", "TEA", "a blue label", "BREAD"]
 def settings(folder, **changes):
     """For the embedded model, of which nothing is loaded before the settings are found sound."""
     model = ModelConfig("assets/flux-mini", None, "float32", "cpu", "none", 32, 32, 8, 3.5, TEXT_TOKENS)
-    values = dict(name="tiny", method="plan", model=model, budgets=(2, 4), steps=8, quality=None, images=4)
+    values = dict(name="tiny", kind="plan", model=model, budgets=(2, 4), steps=8, quality=None, images=4)
     values |= dict(prompts_file=None, folder=folder, overwrite=False, search=dict(SEARCH)) | changes
     return calibrate.Settings(**values)
 
@@ -34,7 +34,7 @@ def settings(folder, **changes):
         (dict(budgets=()), "budget="),
         (dict(steps=0), "steps="),
         (dict(images=0), "images="),
-        (dict(method="other"), "method="),
+        (dict(kind="other"), "kind="),
         (dict(search=SEARCH | {"reference": "truth"}), "reference="),
         (dict(search=SEARCH | {"rounds": -1}), "rounds="),
         (dict(search=SEARCH | {"batch_size": 0}), "batch_size="),
@@ -60,7 +60,7 @@ def test_each_kind_of_plan_has_a_name_of_its_own(tmp_path):
 
     assert names() == ["tiny-2.json", "tiny-4.json"]
     assert names(search=SEARCH | {"reference": "converged"})[0] == "tiny-2-converged.json"
-    assert names(steps=6)[0] == "tiny-2-6steps.json" and names(method="l2p")[0] == "tiny-2-l2p.json"
+    assert names(steps=6)[0] == "tiny-2-6steps.json" and names(kind="l2p")[0] == "tiny-2-l2p.json"
     assert names(quality=AtLeast(psnr=40, fraction=0.5, confidence=0.5)) == ["tiny-40dB.json"]
 
 
@@ -79,7 +79,7 @@ def test_plans_are_written_after_the_cost_was_said(tmp_path, tiny_pipe, monkeypa
 
 def test_the_plans_of_other_papers_are_written_too(tmp_path, tiny_pipe, monkeypatch):
     monkeypatch.setattr(calibrate, "load_pipeline", lambda model: tiny_pipe)
-    said = calibrate.run(settings(tmp_path, method="dpcache"), lambda *of: PROMPTS)
+    said = calibrate.run(settings(tmp_path, kind="dpcache"), lambda *of: PROMPTS)
     assert said[0].startswith(f"{tmp_path / 'tiny-2-dpcache.json'}: 4 of 8 steps computed; steps 0")
     assert Plan.load(tmp_path / "tiny-2-dpcache.json").notes["method"] == "DPCache"
 
@@ -98,8 +98,9 @@ def test_a_batch_that_does_not_fit_is_halved(tiny_pipe, monkeypatch):
     assert batch == 2 and seconds > 0
 
 
-def test_the_command_line_says_one_sentence_and_exits_with_2(tmp_path):
-    command = [sys.executable, "-m", "tools.calibrate", "budget=0.5", f"out={tmp_path}"]
+@pytest.mark.parametrize(("fields", "names"), [(["budget=0.5"], "budget="), (["kind=l2p", "tries=-1"], "tries=")])
+def test_the_command_line_says_one_sentence_and_exits_with_2(tmp_path, fields, names):
+    command = [sys.executable, "-m", "tools.calibrate", *fields, f"out={tmp_path}"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     lines = [line for line in done.stderr.splitlines() if line.startswith("calibrate: error")]
-    assert done.returncode == 2 and len(lines) == 1 and "budget=" in lines[0]
+    assert done.returncode == 2 and len(lines) == 1 and names in lines[0]
