@@ -23,6 +23,7 @@ from h2cache.eval.report.figures.images import difference
 from h2cache.eval.report.figures.measures import measure
 from h2cache.eval.report.figures.rows import most_different
 from h2cache.eval.report.figures.style import LOOKS, looks_of, styled, text_width, wrap
+from h2cache.eval.report.figures.traces import timeline
 from h2cache.eval.report.results import BASELINE
 from h2cache.eval.report.tables import SummaryTable
 
@@ -230,6 +231,18 @@ def test_schedules_that_measure_nothing_have_no_trace(tmp_path):
     silent = trace().assign(diff=math.nan, threshold=math.nan)
     rows = [row(tmp_path, "HiCache", "HiCache", "sign0", "a sign", 1.0, trace=silent)]
     assert MetricTrace().make(results(rows), tmp_path) is None
+
+
+def test_a_timeline_shows_one_run_also_of_a_method_that_measures_nothing():
+    run = trace()
+    silent = run.assign(diff=np.nan, threshold=np.nan)
+    with styled():
+        shown, blank = (timeline(pd.concat([each, each.assign(run=1)])) for each in (run, silent))
+    for figure in (shown, blank):
+        assert [ax.get_ylabel() for ax in figure.axes] == list(run["stage"].unique())
+        marks = [part for part in figure.axes[0].collections if part.get_gid() in set(run["decision"])]
+        assert sum(len(part.get_offsets()) for part in marks) == (run["stage"] == run["stage"][0]).sum()
+    assert len(shown.axes[0].get_yticks()) and not len(blank.axes[0].get_yticks())
 
 
 def test_only_one_run_of_a_trace_is_drawn(tmp_path):
