@@ -89,7 +89,7 @@ def calibrated(
         budget,
         STEPS,
         batch_size=len(prompts),
-        annealing_prompts=len(prompts),
+        few=len(prompts),
         control_image=list(pictures),
         height=SIZE,
         width=SIZE,
@@ -105,8 +105,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=[4])
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--seed", type=int, default=1000)
-    parser.add_argument("--annealing", type=int, default=40)
-    parser.add_argument("--climbing", type=int, default=0)
+    parser.add_argument("--tries", type=int, default=30)
     parser.add_argument("--folder", type=Path, default=Path("assets/flux-mini-upscaler"))
     parser.add_argument("--out", type=Path, default=Path("assets/plans"))
     parser.add_argument("--threads", type=int, default=1)
@@ -114,8 +113,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     pipe, (prompts, pictures) = load(options.folder), examples(options.images, options.seed)
     for budget in options.budgets:
-        search = {"seed": options.seed, "annealing": options.annealing, "climbing": options.climbing}
-        plan = calibrated(pipe, prompts, pictures, budget, **search)
+        plan = calibrated(pipe, prompts, pictures, budget, seed=options.seed, tries=options.tries)
         target = options.out / f"flux-mini-upscaler-{budget:g}.json"
         with atomic_files([target]) as (file,):
             plan.save(file)
