@@ -16,19 +16,30 @@ from pathlib import Path
 from h2cache.eval.files import REPOSITORY, atomic_files
 
 KEPT = (".md", ".csv", ".tex", ".png")
+PUBLISHED = "published"
 RESULTS = REPOSITORY / "docs/results"
 PLACE = re.compile(r"(<!-- table ([\w./-]+)(.*?) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
 def keep(run: Path, target: Path = RESULTS) -> list[Path]:
-    """Copy the tables and figures of `run` in the place of those of earlier runs; returns the experiments' folders."""
-    folders = sorted({file.parent for file in (*run.glob("*/measurements.csv"), *run.glob("published/*.md"))})
+    """Copy the tables and figures of `run` in the place of those of earlier runs; returns the experiments' folders.
+
+    A run that lacks experiments which are kept replaces its own alone, and not what is said of all together: the claims
+    of the papers and environment.json.
+    """
+    folders = sorted(file.parent for file in run.glob("*/measurements.csv"))
+    known = {file.name for file in target.glob("*/") if file.name != PUBLISHED}
+    whole = known <= {folder.name for folder in folders}
+    if whole and (run / PUBLISHED).is_dir():
+        folders.append(run / PUBLISHED)
     for folder in folders:
         shutil.rmtree(target / folder.name, ignore_errors=True)
         (target / folder.name).mkdir(parents=True)
         for file in sorted(folder.iterdir()):
             if file.suffix in KEPT and file.name != "measurements.csv":
                 shutil.copy(file, target / folder.name)
+    if not whole:
+        return folders
     facts = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     facts["command"] = " ".join(word for word in facts["command"].split() if not word.startswith("out="))
     (target / "environment.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

@@ -37,6 +37,16 @@ def test_tables_and_figures_are_kept(kept):
     assert json.loads((kept / "environment.json").read_text()) == {"command": "python -m eval limit=3"}
 
 
+def test_a_run_of_some_experiments_replaces_its_own_alone(kept, tmp_path):
+    (tmp_path / "run/table1").rename(tmp_path / "run/frontier")
+    (tmp_path / "run/published").mkdir()
+    (tmp_path / "run/published/published.md").touch()
+    (tmp_path / "run/environment.json").write_text(json.dumps({"command": "another"}))
+    assert [folder.name for folder in keep(tmp_path / "run", kept)] == ["frontier"]
+    assert (kept / "frontier/summary.md").is_file() and not (kept / "published").exists()
+    assert json.loads((kept / "environment.json").read_text()) == {"command": "python -m eval limit=3"}
+
+
 def test_a_table_is_made_anew_with_the_columns_and_rows_asked_for(kept):
     opening = "<!-- table table1/summary; columns: b | setting; rows: Baseline -->"
     filled = fill(f"before\n{opening}\nold\n<!-- /table -->\nafter", kept)
