@@ -35,7 +35,12 @@ def arguments(tiny_pipe_folder, tmp_path) -> list[str]:
     return [
         f"model.path={tiny_pipe_folder}",
         *("model.height=32", "model.width=32", f"model.num_inference_steps={STEPS}", "model.max_sequence_length=24"),
-        *("prompts=jsonl", f"prompts.path={tmp_path / 'prompts.jsonl'}", f"out={tmp_path / 'results'}"),
+        *(
+            "prompts=jsonl",
+            f"prompts.path={tmp_path / 'prompts.jsonl'}",
+            f"out={tmp_path / 'results'}",
+            "launcher.workers=1",
+        ),
         *("experiment=[matched]", "experiments.matched.metrics=[psnr]"),
         *instead("match", "{speedup: 2.0, prompts: 2, measured: blocks}"),
         *instead("settings", f"{{{BASELINE}, TaylorSeer: {{method: taylorseer, granularity: stage}}, {BLOCK_CACHE}}}"),
