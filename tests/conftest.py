@@ -10,6 +10,7 @@ os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
 import copy
 import gc
+import shutil
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,17 @@ def _load(folder: Path) -> FluxPipeline:
     pipe = FluxPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """Chromium as the machine has it; playwright's own download is not needed."""
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("there is no chromium, chromium-browser or google-chrome on this machine")
+    playwright = pytest.importorskip("playwright.sync_api")
+    arguments = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync"
+    with playwright.sync_playwright() as session:
+        browser = session.chromium.launch(executable_path=found, headless=True, args=arguments.split())
+        yield browser
+        browser.close()

@@ -20,6 +20,9 @@ Model = Annotated[
     str, typer.Option("--model", "-m", help="A name that `doctor` lists, a hub id (OWNER/NAME) or a folder.")
 ]
 Method = Annotated[str, typer.Option("--method", "-c", help="fast, balanced, careful, block_cache, none, ...")]
+Prompt = Annotated[str, typer.Argument(help="What to draw.")]
+Picture = Annotated[Path, typer.Option("--out", "-o", help="A PNG; of a video also an MP4.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps; the model's if not given.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the noise.")]
 
 app = typer.Typer(
@@ -47,13 +50,13 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Show the v
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    prompt: Prompt,
     fields: Fields = None,
     model: Model = "flux-mini",
     method: Method = "balanced",
     seed: Seed = 0,
-    out: Annotated[Path, typer.Option("--out", "-o", help="A PNG; of a video also an MP4.")] = Path("image.png"),
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; the model's if not given.")] = None,
+    out: Picture = Path("image.png"),
+    steps: Steps = None,
 ) -> None:
     """Draw an image or a video and show what the cache did."""
     _draw("generate", prompt, fields, model, method, seed, out, steps)
@@ -61,13 +64,13 @@ def generate(
 
 @app.command()
 def compare(
-    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    prompt: Prompt,
     fields: Fields = None,
     model: Model = "flux-mini",
     method: Method = "balanced",
     seed: Seed = 0,
-    out: Annotated[Path, typer.Option("--out", "-o", help="A PNG; of a video also an MP4.")] = Path("image.png"),
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; the model's if not given.")] = None,
+    out: Picture = Path("image.png"),
+    steps: Steps = None,
 ) -> None:
     """Draw with and without a cache: PSNR, SSIM, speedup, both pictures in one."""
     _draw("compare", prompt, [*(fields or ()), "compare=true"], model, method, seed, out, steps)

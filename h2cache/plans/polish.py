@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .closed_form import Weights
-from .promise import psnr
+from .promise import decibels
 from .trajectories import Trajectories
 from .weights import combine
 
@@ -132,7 +132,7 @@ def _decibels(knobs: Knobs, runs: Trajectories, batch: int) -> Tensor:
         output = checkpoint(runs.compute_batch, batch, step, latents, use_reentrant=False)
         outputs = (output, *outputs)[: knobs.history]
         latents = knobs.step(index, latents, outputs)
-    return psnr(runs.decode(latents), runs.images.split(runs.sizes)[batch])
+    return decibels(runs.decode(latents), runs.images.split(runs.sizes)[batch])
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor
 Measure = Callable[[Tensor, Tensor], Tensor]
 
 
-def psnr(images: Tensor, references: Tensor) -> Tensor:
+def decibels(images: Tensor, references: Tensor) -> Tensor:
     """(B,): how near images in 0..1, (B, 3, H, W), are to references, in dB; 120 where they are the same."""
     return -10 * (images - references).square().flatten(1).mean(1).clamp_min(1e-12).log10()
 
@@ -60,7 +60,7 @@ class AtLeast:
 
     def scores(self, images: Tensor, references: Tensor) -> list[float]:
         """The measure of each image."""
-        return (self.measure or psnr)(images, references).tolist()
+        return (self.measure or decibels)(images, references).tolist()
 
 
 @dataclass(frozen=True)

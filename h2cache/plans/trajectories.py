@@ -10,7 +10,7 @@ from torch import Tensor
 from ..adapters.block_call import select_rows
 from ..runtime.interception import interception_of
 from .conditions import Conditions, described, digest
-from .promise import psnr
+from .promise import decibels
 
 DIGITS = 6  # significant ones of a noise level in a plan
 NEEDS_EULER = "h2cache.calibrate needs a scheduler that makes Euler steps, such as FlowMatchEulerDiscreteScheduler"
@@ -88,7 +88,7 @@ class Trajectories:
     @torch.no_grad()
     def decibels(self, latents: Tensor) -> Tensor:
         """(prompts,): how near the images of these final latents are to the reference's, PSNR in dB."""
-        return psnr(self.decode(latents), self.images)
+        return decibels(self.decode(latents), self.images)
 
 
 @torch.no_grad()

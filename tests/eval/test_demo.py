@@ -2,7 +2,6 @@
 
 import inspect
 import re
-import shutil
 import socket
 from dataclasses import fields
 from urllib.parse import urlsplit
@@ -101,20 +100,6 @@ def address(opened):
     page = app.serve(opened, "127.0.0.1", None, in_background=True)
     yield page.local_url
     page.close()
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    """Chromium as the machine has it; playwright's own download is not needed."""
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.skip("there is no chromium, chromium-browser or google-chrome on this machine")
-    playwright = pytest.importorskip("playwright.sync_api")
-    arguments = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync"
-    with playwright.sync_playwright() as session:
-        browser = session.chromium.launch(executable_path=found, headless=True, args=arguments.split())
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import base64
 import math
 import re
-import shutil
 from io import BytesIO
 from pathlib import Path
 from urllib.parse import unquote
@@ -73,20 +72,6 @@ def report(tmp_path_factory) -> Path:
 
 
 # In a browser
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    """Chromium as the machine has it; playwright's own download is not needed."""
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.skip("there is no chromium, chromium-browser or google-chrome on this machine")
-    playwright = pytest.importorskip("playwright.sync_api")
-    arguments = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync"
-    with playwright.sync_playwright() as session:
-        browser = session.chromium.launch(executable_path=found, headless=True, args=arguments.split())
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import h2cache
-from h2cache.plans.promise import Promise, allowed_failures, certified, promisable, psnr
+from h2cache.plans.promise import Promise, allowed_failures, certified, decibels, promisable
 
 
 def test_the_exact_binomial():
@@ -48,7 +48,7 @@ def test_another_measure_can_be_asked():
     references = torch.rand(2, 3, 4, 4)
     assert asked.scores(references + 0.05, references) == pytest.approx([-0.05, -0.05], abs=1e-5)
     assert asked.name == "nearness" and asked.level == -0.1
-    assert psnr(references + 0.1, references).tolist() == pytest.approx([20, 20], abs=1e-3)
+    assert decibels(references + 0.1, references).tolist() == pytest.approx([20, 20], abs=1e-3)
     assert h2cache.AtLeast(psnr=40).scores(references, references) == pytest.approx([120, 120])
 
 
