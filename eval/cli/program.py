@@ -87,8 +87,9 @@ def bench(
     launcher: Annotated[str, typer.Option(help="local, or ray: on every GPU of a cluster.")] = "local",
 ) -> None:
     """Run the experiments: images, tables, figures and a page. An interrupted run goes on with the same command."""
-    names = [each for each in experiments or () if "=" not in each]
-    fields = [each for each in experiments or () if "=" in each]
+    given = experiments or ()
+    fields = [each for each in given if "=" in each or each.startswith("~")]  # ~FIELD leaves one out
+    names = [each for each in given if each not in fields]
     chosen = [f"experiment=[{','.join(names)}]"] if names else []
     limits = [f"limit={limit}"] if limit else []
     sys.argv[1:] = [*_models().overrides(model), *chosen, *limits, f"out={out}", f"launcher={launcher}", *fields]
