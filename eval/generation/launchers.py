@@ -102,8 +102,10 @@ class _Processes:
             said = worker.recv()
         except (EOFError, ConnectionError):
             del self._cells[worker]
-            if not cells:
-                raise UserError(DIED_LOADING) from None
+            if not cells:  # it died while it loaded, perhaps for want of memory: the others draw without it
+                if waiting and not self._cells:
+                    raise UserError(DIED_LOADING) from None
+                return
             yield from _buried(cells, self._deaths)
             if cells:
                 waiting.appendleft(tuple(cells))
