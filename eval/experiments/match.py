@@ -134,6 +134,8 @@ class _Bench:
 
     def search(self, setting: Setting) -> Search | None:
         """How to find a setting; None for the baseline, and for what has nothing to turn. UserError as below."""
+        if setting.weights:
+            raise UserError(f"match: {setting.name} has weights of its own, which is not tuned: leave it out")
         if setting.config is None and setting.scheduler is None:
             return None
         if setting.scheduler:

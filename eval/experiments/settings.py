@@ -18,13 +18,14 @@ from h2cache.eval.generation.prompts import Prompt, PromptSet
 from h2cache.eval.generation.records import Cell
 from h2cache.eval.metrics.registry import BASELINE_IMAGE, CONVERGED_IMAGE, UNCACHED_IMAGE, kind
 from h2cache.eval.models.schedulers import NAMES as SCHEDULERS
+from h2cache.eval.models.weights import Weights
 from h2cache.eval.report.results import BASELINE, Output, Tuning
 from h2cache.tuning import Speedup, WallSpeedup
 
 FIXED_SEED = 0  # the paper's, for every prompt
 SEEDS = ("fixed", "per_prompt")
 OF_THE_PROTOCOL = ("seeds", "steps", "metrics", "converged_steps")  # what an experiment need not say itself
-OF_A_RUN = ("steps", "scheduler", "call")  # what a setting may say besides its method's fields
+OF_A_RUN = ("steps", "scheduler", "weights", "call")  # what a setting may say besides its method's fields
 LABEL = "label"  # what it may say of itself: its name is then "Block Cache (library default)"
 MATCHED = {"time": WallSpeedup, "blocks": Speedup}  # what can be the same for all settings of an experiment
 
@@ -38,6 +39,7 @@ class Setting:
         config: the method with its fields; None without a cache.
         steps: denoising steps; None: the experiment's.
         scheduler: one of `h2cache.eval.models.schedulers.NAMES`; None: the pipeline's own.
+        weights: what the model's are changed to; None: they are its own.
         call: arguments of the pipeline's call that are not the model's.
         tuning: how the setting was found, once it is.
     """
@@ -47,6 +49,7 @@ class Setting:
     config: Method | None
     steps: int | None = None
     scheduler: str | None = None
+    weights: Weights | None = None
     call: tuple[tuple[str, Any], ...] = ()
     tuning: Tuning | None = None
 
@@ -145,7 +148,8 @@ class Experiment:
                 for setting in self.settings:
                     if not setting.is_drawn:
                         continue
-                    cell = Cell(prompt, seed, setting.steps or steps, setting.config, setting.scheduler, setting.call)
+                    run = {"scheduler": setting.scheduler, "weights": setting.weights, "call": setting.call}
+                    cell = Cell(prompt, seed, setting.steps or steps, setting.config, **run)
                     yield Row(setting, cell, self._references(cell, steps))
 
     def tuning_prompts(self, prompts: Sequence[Prompt]) -> tuple[tuple[Prompt, ...], int]:
@@ -167,9 +171,9 @@ class Experiment:
         wanted = {kind(name).reference for name in self.metrics}
         plain = replace(cell, method=None)
         known = {
-            BASELINE_IMAGE: replace(plain, steps=steps, scheduler=None),
+            BASELINE_IMAGE: replace(plain, steps=steps, scheduler=None, weights=None),
             UNCACHED_IMAGE: plain,
-            CONVERGED_IMAGE: replace(plain, steps=self.converged_steps, scheduler=None),
+            CONVERGED_IMAGE: replace(plain, steps=self.converged_steps, scheduler=None, weights=None),
         }
         has_baseline = any(setting.name == BASELINE for setting in self.settings)
         return {
@@ -290,7 +294,8 @@ def _settings(
         variants += _variants(place, method(str(each["method"])), fields)
     if {variant.is_baseline for variant in variants} != {family == BASELINE}:
         raise UserError(
-            f"{place}: {BASELINE} is the name of method none with the model's own scheduler and steps, and of no other"
+            f"{place}: {BASELINE} is the name of method none with the model's own scheduler, weights and steps, and of "
+            "no other"
         )
     names = [variant.name(family, _differing(variants)) for variant in variants]
     for name in names:
@@ -316,10 +321,24 @@ def _variant(place: str, defaults: Mapping[str, Any], point: Mapping[str, Any]) 
         check_count(f"{place}: steps", run["steps"])
     if run.get("scheduler") not in (None, *SCHEDULERS):
         raise UserError(f"{place}: there is no scheduler {run['scheduler']}; choose from {', '.join(SCHEDULERS)}")
+    if "weights" in run:
+        run["weights"] = _weights(place, run["weights"])
     if "call" in run:
         run["call"] = tuple(sorted(run["call"].items()))
     made = {field: value for field, value in point.items() if field not in (*OF_A_RUN, LABEL)}
     return _Variant(point, _made(place, defaults | made), run)
+
+
+def _weights(place: str, written: Any) -> Weights:
+    known = ", ".join(Weights.__dataclass_fields__)
+    if not isinstance(written, Mapping) or not set(written) <= set(Weights.__dataclass_fields__):
+        raise UserError(f"{place}: weights={written!r} is not allowed: give a mapping with {known}")
+    try:
+        return Weights(**written)
+    except NotInstalled:
+        raise
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
 
 
 def _differing(variants: Sequence[_Variant]) -> list[str]:
@@ -343,7 +362,7 @@ def _text(value: Any) -> str:
         return f"{value:g}"
     if isinstance(value, Mapping):
         return " ".join(f"{name} {_text(each)}" for name, each in value.items())
-    if isinstance(value, str) and value.endswith(".json"):
+    if isinstance(value, str) and value.endswith((".json", ".safetensors")):
         return Path(value).stem
     return "none" if value is None else str(value)
 

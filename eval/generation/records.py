@@ -26,6 +26,7 @@ from h2cache.eval.errors import UserError
 from h2cache.eval.files import atomic_files
 from h2cache.eval.generation.backends import Method
 from h2cache.eval.generation.prompts import Prompt
+from h2cache.eval.models.weights import Weights
 
 FORMAT = 1  # of the records; a change of what is drawn or stored raises it, so that older ones are not read
 NAME_LENGTH = 24  # hexadecimal digits of a fingerprint
@@ -40,6 +41,7 @@ class Cell:
     Fields:
         method: None without a cache.
         scheduler: one of `h2cache.eval.models.schedulers.NAMES`; None: the pipeline's own.
+        weights: what the model's are changed to; None: they are its own.
         call: arguments of the pipeline's call that are not the model's, such as (("height", 96),).
     """
 
@@ -48,6 +50,7 @@ class Cell:
     steps: int
     method: Method | None
     scheduler: str | None = None
+    weights: Weights | None = None
     call: tuple[tuple[str, Any], ...] = ()
 
     @property
@@ -58,10 +61,10 @@ class Cell:
     @property
     def way(self) -> "Way":
         """How it is drawn, whatever the prompt."""
-        return self.method, self.scheduler, self.steps, self.call
+        return self.method, self.scheduler, self.weights, self.steps, self.call
 
 
-Way = tuple[Method | None, str | None, int, tuple[tuple[str, Any], ...]]
+Way = tuple[Method | None, str | None, Weights | None, int, tuple[tuple[str, Any], ...]]
 
 
 @dataclass(frozen=True)
@@ -228,6 +231,7 @@ class Store:
         }
         # What says nothing is left out, so that older records keep their names.
         identity |= {"scheduler": cell.scheduler} if cell.scheduler else {}
+        identity |= {"weights": cell.weights.identity} if cell.weights else {}
         identity |= {"call": dict(cell.call)} if cell.call else {}
         identity |= {"picture": cell.prompt.picture.image_sha256} if cell.prompt.picture else {}
         return json.loads(json.dumps(identity), parse_float=_number)

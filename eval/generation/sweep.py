@@ -20,6 +20,7 @@ from h2cache.eval.generation.work import WorkCounter
 from h2cache.eval.models.environment import machine_name
 from h2cache.eval.models.pipelines import ModelConfig, load_pipeline
 from h2cache.eval.models.schedulers import denoised_with
+from h2cache.eval.models.weights import Weights
 
 Batch = tuple[Cell, ...]  # of one prompt: what is drawn in one go
 
@@ -91,7 +92,7 @@ class Painter:
         self.machine = machine_name(model)
         self._versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers"))
         self._warm: set[tuple[Any, ...]] = set()
-        self._copy: DiffusionPipeline | None = None
+        self._copies: dict[tuple[Weights | None, bool], DiffusionPipeline] = {}
 
     def draw(self, cell: Cell, on_step: Callable[[int, int], None] = lambda done, total: None) -> Drawn | Failure:
         """The cell's image and measurements; or why there is none.
@@ -100,9 +101,9 @@ class Painter:
         """
         try:
             cold = None
-            if (cell.method, cell.scheduler, cell.call) not in self._warm:
+            if (cell.method, cell.scheduler, cell.weights, cell.call) not in self._warm:
                 cold = self._generate(cell, lambda done, total: None).denoising_seconds
-                self._warm.add((cell.method, cell.scheduler, cell.call))
+                self._warm.add((cell.method, cell.scheduler, cell.weights, cell.call))
             return replace(self._generate(cell, on_step), cold_seconds=cold)
         except Exception as error:  # whatever a method or a device can raise: the other cells go on
             reason, details = f"{type(error).__name__}: {error}".strip(), traceback.format_exc()
@@ -144,12 +145,16 @@ class Painter:
         )
 
     def _pipe_for(self, cell: Cell) -> DiffusionPipeline:
-        """The pipeline, or a copy of it for libraries that change theirs for good."""
-        if not (isinstance(cell.method, PeerCache) and cell.method.leaves_traces):
+        """The pipeline, or a copy of it with other weights or for libraries that change theirs for good."""
+        alone = isinstance(cell.method, PeerCache) and cell.method.leaves_traces
+        if not (cell.weights or alone):
             return self._pipe
-        if self._copy is None:
-            self._copy = own_copy(self._pipe)
-        return self._copy
+        if (cell.weights, alone) not in self._copies:
+            copy = own_copy(self._pipe)
+            if cell.weights:
+                cell.weights.put_on(copy)
+            self._copies[cell.weights, alone] = copy
+        return self._copies[cell.weights, alone]
 
 
 def sweep(store: Store, cells: Sequence[Cell], model: ModelConfig, launcher: Launcher, watcher: Watcher) -> Report:

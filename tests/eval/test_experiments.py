@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,7 @@ from h2cache.eval.experiments.study import Study, read_study
 from h2cache.eval.generation.backends import PeerCache
 from h2cache.eval.metrics.images import PSNR, psnr
 from h2cache.eval.metrics.registry import METRICS
+from h2cache.eval.models.weights import Weights
 
 OF_PICTURES = {"superresolution"}  # what needs a model that is given pictures, and is not done unasked
 ASKED_FOR = OF_PICTURES | {"promise"}  # 344 images of the baseline, for a model that has plans
@@ -157,9 +159,10 @@ def test_experiments_share_what_they_draw():
 def own(tmp_path):
     """`own("A: {method: h2cache}")` is the study of a user's own experiment with these settings, beside ours."""
 
-    def own(*settings: str) -> Study:
+    def own(*settings: str, metrics: Sequence[str] = ()) -> Study:
         (tmp_path / "experiment").mkdir()
         lines = ["# @package experiments.own", "title: mine", "settings:", *(f"  {setting}" for setting in settings)]
+        lines += [f"metrics: {json.dumps(metrics)}"] if metrics else []
         (tmp_path / "experiment/own.yaml").write_text("\n".join(lines))
         return study("experiment=own", f"hydra.searchpath=[file://{tmp_path}]", "limit=1")
 
@@ -449,6 +452,18 @@ def test_a_setting_has_steps_a_scheduler_and_a_call_of_its_own(own):
     assert named["Wide, call = width 64"].call == (("width", 64),)
 
 
+def test_a_setting_with_other_weights_is_compared_with_the_uncached_image_of_these(own):
+    pytest.importorskip("torchao")
+    fields = "{method: block_cache, steps: 2, weights: [null, {quantized: int8}]}"
+    rows = own("Baseline: {method: none}", f"Block Cache: {fields}", metrics=["psnr", "psnr@uncached"]).rows[0]
+    named = {row.setting.name: row for row in rows}
+    row = named["Block Cache, weights = quantized int8"]
+    assert row.cell.weights == Weights(quantized="int8")
+    assert row.references["uncached"] == replace(row.cell, method=None)
+    assert row.references["baseline"] == named["Baseline"].cell
+    assert named["Block Cache, weights = none"].cell.weights is None
+
+
 def test_a_label_is_in_the_name_of_its_setting_alone(own):
     labelled, other = (
         "{method: block_cache, label: library default}",
@@ -489,6 +504,8 @@ def test_a_batch_is_timed_as_a_whole_and_its_first_image_kept(command, tmp_path)
         ("X: {method: none, scheduler: rk4}", "there is no scheduler rk4; choose from euler, heun, dpm"),
         ("X: {method: none, steps: [0]}", "steps=0 is not allowed"),
         ("Baseline: {method: none, steps: 3}", "Baseline is the name of method none with the model's own"),
+        ("X: {method: none, weights: int8}", "weights='int8' is not allowed: give a mapping with lora, quantized"),
+        ("X: {method: none, weights: {quantized: int2}}", "setting X: weights: quantized=int2 is not allowed"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused(own, setting, says):
