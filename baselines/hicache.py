@@ -14,7 +14,7 @@ class HiCacheConfig(TaylorSeerConfig):
     Fields beside TaylorSeer's:
         sigma: scale of the basis in (0, 1); the paper's scripts use 0.5 to 0.7. "auto": of each image its own, from how
             well its last computed step could have been forecast (before there is one to ask: 0.5); that takes one read
-            from the device for each computed step.
+            from the device for each computed step. The trace and `handle.summary()` show it.
         basis: "hermite", or "taylor" with the same dual scaling of its monomials (the paper's "Taylor-Scaled").
     """
 

@@ -21,6 +21,8 @@ class Row(NamedTuple):
     Fields:
         diff: the relL1 that was compared, None where none was measured.
         blocks_computed: of the stage's own blocks.
+        sigma: the scale of the polynomial that stands in for the skipped stage; None where the stage is computed, and
+            where the forecast has none.
     """
 
     run: int
@@ -33,6 +35,7 @@ class Row(NamedTuple):
     threshold: float
     decision: Decision
     blocks_computed: int
+    sigma: float | None = None
 
 
 @dataclass
@@ -94,7 +97,7 @@ class Trace:
         import pandas
 
         frame = pandas.DataFrame([row._replace(decision=str(row.decision)) for row in self], columns=Row._fields)
-        return frame.astype({"diff": float, "threshold": float})
+        return frame.astype({"diff": float, "threshold": float, "sigma": float})
 
     def summary(self) -> dict[str, Any]:
         """Totals over the trace.
@@ -103,11 +106,13 @@ class Trace:
             `runs`; `steps`, the calls of the model, summed over runs and contexts; `stages`, per stage the number of
             each decision; `computed_fraction` of all blocks, over samples; `max_speedup`, its inverse: the bound on the
             speedup if everything but the blocks were free (a double and a single block of Flux cost the same number of
-            FLOPs a token).
+            FLOPs a token). Where stages were forecast with a sigma, also `sigma`: per stage the smallest and the
+            largest.
         """
         with self._lock:
             records = [replace(record, rows=list(record.rows)) for record in self._runs.values()]
         stages = {name: {str(decision): 0 for decision in Decision} for name in self._stages}
+        sigmas: dict[str, tuple[float, float]] = {}
         runs = steps = total = skipped = 0
         for record in records:
             runs += bool(record.rows)
@@ -116,11 +121,15 @@ class Trace:
             for row in record.rows:
                 stages[row.stage][row.decision] += 1
                 skipped += record.stage_blocks[row.stage] - row.blocks_computed
+                if row.sigma is not None:
+                    low, high = sigmas.get(row.stage, (row.sigma, row.sigma))
+                    sigmas[row.stage] = min(low, row.sigma), max(high, row.sigma)
         fraction = 1 - skipped / total if total else 1.0
-        return {
+        totals = {
             "runs": runs,
             "steps": steps,
             "stages": stages,
             "computed_fraction": fraction,
             "max_speedup": 1 / fraction,
         }
+        return totals | ({"sigma": sigmas} if sigmas else {})

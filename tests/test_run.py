@@ -28,7 +28,7 @@ import run
 from h2cache import H2CacheConfig
 from h2cache.baselines import BlockCacheConfig
 from h2cache.eval.cli.generate import as_typed
-from h2cache.eval.cli.timeline import Timeline
+from h2cache.eval.cli.timeline import Timeline, decision_table
 from h2cache.eval.files import atomic_files
 from h2cache.eval.metrics.images import psnr, ssim
 
@@ -291,6 +291,20 @@ def test_the_timeline_wraps_at_the_width_of_the_terminal():
         "detail  ·█-",
         "metric  ▁█ ",
     ]
+
+
+def test_the_table_of_decisions_shows_the_sigma_that_was_chosen():
+    """Of the skipped steps alone, from the smallest to the largest; no column where no forecast has one."""
+    trace = pd.DataFrame({"stage": "network", "decision": ["compute", "hit", "hit"], "diff": np.nan, "threshold": 0.1})
+
+    def shown(sigmas: list[float]) -> str:
+        terminal = StringIO()
+        Console(width=100, file=terminal).print(decision_table(trace.assign(sigma=sigmas)))
+        return terminal.getvalue()
+
+    assert shown([np.nan, 0.5, 0.613]).splitlines()[-1].endswith("0.50 to 0.61")
+    assert shown([np.nan, 0.5, 0.5]).split()[-1] == "0.50"
+    assert "sigma" not in shown([np.nan, np.nan, np.nan])
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])

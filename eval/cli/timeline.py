@@ -83,23 +83,30 @@ def bars(rows: pd.DataFrame, ascii_only: bool = False) -> Iterator[tuple[str, st
 
 
 def decision_table(trace: pd.DataFrame) -> Table:
-    """How often each stage decided what, and its metric beside the threshold."""
+    """How often each stage decided what, its metric beside the threshold, and the sigma that its forecasts took."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("stage", no_wrap=True)
     for look in LOOKS.values():
         table.add_column(look.meaning, justify="right", style=look.style)
     measures = trace["diff"].notna().any()
-    for name in METRIC_COLUMNS if measures else ():
+    forecasts = trace["sigma"].notna().any()
+    for name in (*(METRIC_COLUMNS if measures else ()), *(("sigma",) if forecasts else ())):
         table.add_column(name, justify="right")
     for stage, rows in trace.groupby("stage", sort=False):
         counts = rows["decision"].value_counts()
         cells = [stage, *(str(counts.get(decision, 0)) for decision in LOOKS)]
-        diff = rows["diff"].dropna()
-        if len(diff):
-            limit = rows["threshold"].iloc[-1]
-            cells += [f"{limit:g}", f"{diff.median():.3f}", f"{diff.min():.3f} to {diff.max():.3f}"]
+        if measures:
+            diff, limit = rows["diff"].dropna(), rows["threshold"].iloc[-1]
+            cells += [f"{limit:g}", f"{diff.median():.3f}", _range(diff, 3)] if len(diff) else [""] * 3
+        if forecasts:
+            cells += [_range(rows["sigma"].dropna(), 2)]
         table.add_row(*cells)
     return table
+
+
+def _range(values: pd.Series, digits: int) -> str:
+    """From the smallest to the largest, once where they are the same; empty where there are none."""
+    return " to ".join(dict.fromkeys(f"{end:.{digits}f}" for end in (values.min(), values.max()) if len(values)))
 
 
 def _row(label: str, style: str, width: int, cells: Iterator[tuple[str, str]]) -> Text:

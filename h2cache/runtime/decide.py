@@ -184,5 +184,6 @@ def record(call: Call, step: StageStep, numbers: dict[int, float | None]) -> Non
                 threshold=stage.rule.threshold,
                 decision=decision,
                 blocks_computed=int(stage.runs_first_block) if decision.skips else call.layout.blocks[stage.name],
+                sigma=step.sigma(sample) if decision.skips else None,
             )
         )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.block_call import Streams, join_rows, sample_row
-from ..policy.forecasts import Features, advance_terms, extrapolate, inner_products
+from ..policy.forecasts import Features, Forecast, advance_terms, extrapolate, inner_products
 from ..policy.rules import Decision
 from ..policy.stages import Stage
 from .autograd import outside_graph
@@ -130,8 +130,14 @@ class StageStep:
 
     def coefficients(self, step: int, sample: int) -> list[float]:
         """Of the forecast at `step`."""
-        memory = self.memories[sample]
-        return (memory.fitted or self.stage.forecast).coefficients(step - memory.computed_step)
+        return self._forecast(sample).coefficients(step - self.memories[sample].computed_step)
+
+    def sigma(self, sample: int) -> float | None:
+        """The scale of the forecast's polynomial, fixed or fitted; None where it has none."""
+        return getattr(self._forecast(sample), "sigma", None)
+
+    def _forecast(self, sample: int) -> Forecast:
+        return self.memories[sample].fitted or self.stage.forecast
 
     def stand_in(self, end: Streams, step: int, into: Streams | None = None) -> Streams:
         """The end of the stage: as computed, or as arrived plus the forecast residual.

@@ -110,6 +110,26 @@ def test_backcasting_keeps_its_start_when_nothing_is_finite():
 
 
 @pytest.mark.parametrize("granularity", ["stage", "module"])
+def test_the_trace_names_the_sigma_of_each_forecast(transformer, granularity):
+    """`auto` begins with 0.5 and goes on with what each computed step says; a fixed sigma stays; reuse has none."""
+    with h2cache.apply(transformer, HiCacheConfig(interval=3, sigma="auto", granularity=granularity)) as handle:
+        list(denoising(transformer, steps=12))
+        trace = handle.trace.to_pandas()
+        skipped = trace["decision"] == "hit"
+        assert trace["sigma"].notna().equals(skipped)
+        assert {0.5} < set(trace.loc[skipped, "sigma"])
+        for stage, rows in trace[skipped].groupby("stage"):
+            assert handle.summary()["sigma"][stage] == (rows["sigma"].min(), rows["sigma"].max())
+        handle.trace.clear()
+        handle.update(sigma=0.3)
+        list(denoising(transformer, steps=12))
+        assert set(handle.summary()["sigma"].values()) == {(0.3, 0.3)}
+    with h2cache.apply(transformer, TaylorSeerConfig(interval=3, granularity=granularity)) as handle:
+        list(denoising(transformer, steps=12))
+        assert handle.trace.to_pandas()["sigma"].isna().all() and "sigma" not in handle.summary()
+
+
+@pytest.mark.parametrize("granularity", ["stage", "module"])
 def test_auto_fits_each_image_its_own_sigma(transformer, granularity):
     """A batch draws what its images draw alone, also where their sigmas differ."""
     config = HiCacheConfig(interval=3, sigma="auto", granularity=granularity)

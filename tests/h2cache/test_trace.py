@@ -24,6 +24,7 @@ COLUMNS = [
     "threshold",
     "decision",
     "blocks_computed",
+    "sigma",
 ]
 FLAT_AND_ALWAYS = H2CacheConfig(tau1=math.inf, tau2=math.inf, hierarchical=False)
 
@@ -40,7 +41,7 @@ def test_columns_and_dtypes(transformer):
     assert list(frame.columns) == COLUMNS
     for name in ("run", "step", "sample", "blocks_computed"):
         assert pandas.api.types.is_integer_dtype(frame[name]), name
-    for name in ("timestep", "diff", "threshold"):
+    for name in ("timestep", "diff", "threshold", "sigma"):
         assert pandas.api.types.is_float_dtype(frame[name]), name
     for name in ("context", "stage", "decision"):
         assert {type(value) for value in frame[name]} == {str}, name

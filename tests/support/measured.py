@@ -28,6 +28,7 @@ def trace() -> pd.DataFrame:
         {
             **{"run": 3, "step": step, "timestep": 1 - step / STEPS, "context": "None", "sample": 0, "stage": stage},
             **{"diff": diff, "threshold": THRESHOLDS[stage], "decision": decision, "blocks_computed": 1},
+            "sigma": math.nan,
         }
         for step in range(STEPS)
         for stage, (diff, decision) in (("structure", STRUCTURE[step]), ("detail", DETAIL[step]))
