@@ -178,7 +178,11 @@ def test_interrupted_it_leaves_the_folder_as_it_was(tiny_pipe_folder, tmp_path):
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     code, stdout, stderr = finish(process)
-    assert (code, stdout, stderr) == (130, "", "run.py: interrupted\n")
+    assert (code, stdout, stderr) == (
+        130,
+        "",
+        "run.py: interrupted; images that are finished stay, and the same command begins anew\n",
+    )
     assert [file.read_text() for file in tmp_path.iterdir()] == ["the image of an earlier run"]
 
 

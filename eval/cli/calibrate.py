@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,11 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import h2cache
 from h2cache.baselines.plans import bespoke, budcache, dpcache, l2p
 from h2cache.eval.cli import arguments as commandline
+from h2cache.eval.cli.progress import bar
 from h2cache.eval.errors import UserError
 from h2cache.eval.files import CONFIGS, REPOSITORY, atomic_files, check_writable
 from h2cache.eval.generation.prompt_lines import prompt_lines
@@ -122,7 +121,11 @@ def main(program: str = "calibrate", prompts: Prompts = of_file) -> None:
     try:
         job()
     except KeyboardInterrupt:
-        print(f"{program}: interrupted; plans that were finished stay", file=sys.stderr)
+        print(
+            f"{program}: interrupted; plans that were finished stay, and the same command with the other budgets makes "
+            "the rest",
+            file=sys.stderr,
+        )
         sys.exit(130)
     except Exception as error:  # raised by Hydra
         commandline.fail(commandline.explain(error, program, "put several budgets in brackets, as [3,4]"), program)
@@ -158,9 +161,9 @@ def run(settings: Settings, prompts_of: Prompts) -> list[str]:
     prompts = prompts_of(settings.prompts_file, settings.images, settings.search["seed"])
     pipe = load_pipeline(settings.model)
     call = dict(settings.model.call_arguments) | {"num_inference_steps": settings.steps}
-    batch_size, seconds = _fitting_batch(pipe, prompts, settings.search["batch_size"], call)
+    batch_size, per_step, seconds = _fitting_batch(pipe, prompts, settings.search["batch_size"], call)
     settings.search["batch_size"] = batch_size
-    evaluations = expected_evaluations(settings)
+    evaluations = round(expected_evaluations(settings) * per_step)
     print(
         f"about {evaluations:,} evaluations of the model on one image, at {seconds:.3g} s each: "
         f"{evaluations * seconds:.0f} s",
@@ -168,31 +171,29 @@ def run(settings: Settings, prompts_of: Prompts) -> list[str]:
     )
     del call["num_inference_steps"]
     try:
-        plans = _plans(pipe, prompts, settings, call)
-        return [_written(plan, target) for plan, target in zip(plans, settings.targets, strict=True)]
+        with _watched(pipe, evaluations) as show:
+            plans = _plans(pipe, prompts, settings, call, show)
+            return [_written(plan, target) for plan, target in zip(plans, settings.targets, strict=True)]
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def _plans(pipe: Any, prompts: Sequence[str], settings: Settings, call: dict[str, Any]) -> Iterator[h2cache.Plan]:
+def _plans(
+    pipe: Any,
+    prompts: Sequence[str],
+    settings: Settings,
+    call: dict[str, Any],
+    show: Callable[[int, int, float], None],
+) -> Iterator[h2cache.Plan]:
     if settings.quality:
-        with _bar(settings.targets[0].stem) as show:
-            yield h2cache.calibrate(
-                pipe,
-                prompts,
-                steps=settings.steps,
-                quality=settings.quality,
-                on_progress=show,
-                **settings.search,
-                **call,
-            )
+        search = {"steps": settings.steps, "quality": settings.quality, **settings.search}
+        yield h2cache.calibrate(pipe, prompts, on_progress=show, **search, **call)
         return
     calibration = Calibration(pipe, prompts, settings.steps, **settings.search, **call)
-    for budget, target in zip(settings.budgets, settings.targets, strict=True):
+    for budget in settings.budgets:
         if settings.kind != "plan":
             yield dict(OTHERS)[settings.kind](calibration, computed_steps(budget, settings.steps))
-            continue
-        with _bar(target.stem) as show:
+        else:
             yield calibration.plan(budget, show)
 
 
@@ -215,22 +216,29 @@ def expected_evaluations(settings: Settings) -> int:
     return images * steps * (PARTS if settings.search["reference"] == "converged" else 1) + plans
 
 
-def _fitting_batch(pipe: Any, prompts: Sequence[str], batch_size: int, call: dict[str, Any]) -> tuple[int, float]:
-    """(the largest batch, halved from `batch_size`, that the memory holds; seconds of the model for one image)."""
+def _fitting_batch(
+    pipe: Any, prompts: Sequence[str], batch_size: int, call: dict[str, Any]
+) -> tuple[int, float, float]:
+    """The largest batch, halved from `batch_size`, that the memory holds; evaluations of the model on one image that a
+    step takes, more than one with guidance; and the seconds of one.
+    """
     times: list[float] = []
+    rows: list[int] = []
 
-    def note(*event: Any) -> None:
+    def note(module: Any, args: Any, output: Any = None) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(time.perf_counter())
+        rows.extend([] if output is None else [len(output[0])])
 
     hooks = [pipe.transformer.register_forward_pre_hook(note), pipe.transformer.register_forward_hook(note)]
     try:
         while True:
             part = list(prompts[:batch_size])
             try:
+                rows.clear()
                 pipe(part, output_type="latent", **(call | {"num_inference_steps": 2}))
-                return batch_size, (times[-1] - times[-2]) / len(part)
+                return batch_size, sum(rows) / 2 / len(part), (times[-1] - times[-2]) / rows[-1]
             except torch.OutOfMemoryError:
                 if batch_size == 1:
                     raise UserError("the memory of this device does not hold one image") from None
@@ -240,14 +248,19 @@ def _fitting_batch(pipe: Any, prompts: Sequence[str], batch_size: int, call: dic
             hook.remove()
 
 
-def _show(bar: Progress, task: int, done: int, total: int, best: float) -> None:
-    bar.update(task, completed=done, total=total, best=f"{best:.2f} dB")
-
-
 @contextmanager
-def _bar(title: str) -> Iterator[Any]:
-    """A bar on stderr; yields what to call with (done, total, best)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[best]}"))
-    columns += (TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        yield partial(_show, bar, bar.add_task(title, total=None, best=""))
+def _watched(pipe: Any, evaluations: int) -> Iterator[Callable[[int, int, float], None]]:
+    """A bar of the model's evaluations on one image, `evaluations` at most; yields a calibration's `on_progress`."""
+    done = 0
+    with bar(Console(stderr=True), "evaluations, at most") as show:
+
+        def called(module: Any, args: Any, output: Any) -> None:
+            nonlocal done
+            done += len(output[0])
+            show(min(done, evaluations), evaluations)
+
+        hook = pipe.transformer.register_forward_hook(called)
+        try:
+            yield lambda tried, of, best: show(done, evaluations, title=f"evaluations, at most; best {best:.2f} dB")
+        finally:
+            hook.remove()

@@ -3,7 +3,7 @@
 import dataclasses
 import platform
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,12 +19,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import h2cache
 from h2cache import PlanConfig
 from h2cache.eval.cli import doctor
 from h2cache.eval.cli import terminal as report
+from h2cache.eval.cli.progress import bar
 from h2cache.eval.errors import UserError
 from h2cache.eval.files import atomic_files, check_writable
 from h2cache.eval.generation.generate import Drawing, generate
@@ -219,7 +219,7 @@ def _draw_all(job: Job, pipe: DiffusionPipeline, name: str, messages: Console) -
 
 def _draw(job: Job, pipe: DiffusionPipeline, method: Any, title: str, messages: Console, **other_arguments: Any) -> Run:
     arguments = job.model.arguments_with(job.image) | other_arguments
-    with _progress(title, messages) as on_step, _explained():
+    with bar(messages, title) as on_step, _explained():
         if method is None:
             drawing = generate(pipe, job.prompt, job.seed, on_step, **arguments)
             return Run(drawing, h2cache.Trace().to_pandas(), None)
@@ -251,22 +251,6 @@ def _explained() -> Iterator[None]:
         if frame.f_code.co_name != "check_inputs":
             raise
         raise UserError(str(error)) from error
-
-
-@contextmanager
-def _progress(title: str, messages: Console) -> Iterator[Callable[[int, int], None]]:
-    """A bar that is gone when the work is done; yields what to call after each step, with (done, total).
-
-    Where nobody watches a terminal there is none: rich would leave an empty line in the log.
-    """
-    if not messages.is_terminal:
-        yield lambda done, total: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn())
-    columns += (TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=messages, transient=True) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def _settings(job: Job, choices: Mapping[str, str], drawing: Drawing, machine: str) -> str:

@@ -43,7 +43,9 @@ def main(program: str = PROGRAM) -> None:
             sys.argv[1:] = command_line(sys.argv[1:], scratch)
             job()
     except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
+        print(
+            f"{program}: interrupted; images that are finished stay, and the same command begins anew", file=sys.stderr
+        )
         sys.exit(130)
     except Exception as error:  # raised by Hydra, before or between jobs
         commandline.fail(

@@ -1,18 +1,37 @@
-"""How far a sweep is: bars in a terminal, and now and then a line where nobody watches one."""
+"""How far the work is, and the time left: bars in a terminal; of a sweep, a line now and then where nobody watches."""
 
+import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from h2cache.eval.generation.records import Cell
 from h2cache.eval.generation.sweep import Batch, Watcher
 
 SILENCE = 60.0  # seconds between two lines
 REDRAWS = 4  # of the bars, a second: each takes time from a model on the CPU
+
+
+@contextmanager
+def bar(messages: Console, title: str) -> Iterator[Callable[..., None]]:
+    """A bar that is gone when the block ends; yields what to call with (done, total) and, by name, a `title`.
+
+    Where nobody watches a terminal there is none: rich would leave an empty line in the log.
+    """
+    if not messages.is_terminal:
+        yield lambda done, total, title=None: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn())
+    columns += (TimeElapsedColumn(), TimeRemainingColumn())
+    # What is printed meanwhile goes above the bar, but not where stdout is a file.
+    redirected = sys.stdout.isatty()
+    with Progress(*columns, console=messages, transient=True, redirect_stdout=redirected) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total, title=None: progress.update(task, completed=done, total=total, description=title)
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,12 @@ from rich.console import Console
 import h2cache
 from h2cache import CacheConfig, Trial
 from h2cache.eval.cli import arguments as commandline
+from h2cache.eval.cli.progress import bar
 from h2cache.eval.errors import UserError
 from h2cache.eval.files import CONFIGS
 from h2cache.eval.generation.prompt_lines import prompt_lines
-from h2cache.eval.models.pipelines import load_pipeline
+from h2cache.eval.models.pipelines import load_pipeline, takes
+from h2cache.tuning.knobs import knobs_of
 
 PROGRAM = "h2cache tune"
 TARGETS = {"psnr": h2cache.Psnr, "speedup": h2cache.Speedup, "wall-speedup": h2cache.WallSpeedup}
@@ -50,7 +54,11 @@ def main(overrides: Sequence[str], target: tuple[str, float], prompts: Path | No
     except UserError as error:
         commandline.fail(str(error), PROGRAM)
     except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted; the settings above are measured", file=sys.stderr)
+        print(
+            f"{PROGRAM}: interrupted; each setting above can be used, as method.FIELD=VALUE, and the same command "
+            "begins anew",
+            file=sys.stderr,
+        )
         sys.exit(130)
 
 
@@ -66,21 +74,28 @@ def _tune(cfg: DictConfig, target: tuple[str, float], prompts: Sequence[str], tr
         raise UserError("--method none has nothing to tune: choose another, such as balanced")
     with messages.status("loading the model"):
         pipe = load_pipeline(model)
-    with messages.status("") as status:
+    settings = (trials + 1) * len(knobs_of(method))  # at most, each with and without a cache, after two runs to warm up
+    steps = (2 + 2 * settings * len(prompts)) * model.num_inference_steps
+    with bar(messages, f"steps on {len(prompts)} prompts, at most") as show:
+        done = count(1)
 
-        def told(trial: Trial) -> None:
-            console.print(_line(trial, method))
-            status.update("measuring the next setting")
+        def after_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            show(next(done), steps)
+            return tensors
 
-        status.update(f"measuring on {len(prompts)} prompts")
+        watched = {"callback_on_step_end": after_step} if takes(pipe, "callback_on_step_end") else {}
+        told = partial(_tell, console, method)
+        call = {**model.call_arguments, **watched}
         try:
-            tuned = h2cache.tune(
-                pipe, prompts, method, goal, seed=seed, trials=trials, on_trial=told, **model.call_arguments
-            )
+            tuned = h2cache.tune(pipe, prompts, method, goal, seed=seed, trials=trials, on_trial=told, **call)
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from error
     fields = " ".join(f"method.{field}={value}" for field, value in _changed(tuned.config, method).items())
     console.print(f"\nbest: {_line(tuned.best, method)}\nuse it with: {fields or 'the method as it is'}")
+
+
+def _tell(console: Console, method: CacheConfig, trial: Trial) -> None:
+    console.print(_line(trial, method))
 
 
 def _line(trial: Trial, method: CacheConfig) -> str:

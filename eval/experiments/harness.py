@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from h2cache.eval.cli.progress import watching
+from h2cache.eval.cli.progress import bar, watching
 from h2cache.eval.errors import UserError
 from h2cache.eval.experiments.match import matched
 from h2cache.eval.experiments.settings import Experiment, Row
@@ -50,10 +51,11 @@ def run(cfg: DictConfig, model_name: str, method: Callable[[str], DictConfig], c
         store.write_index((names[cell.way], cell) for cell in drawn)
         with messages.status("loading the metrics"):
             metrics = Metrics(study.metrics, study.clipiqa_checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
-        with messages.status("measuring the images"):
+        with bar(messages, "measuring the images") as show:
             scores = Scores(store.folder / "scores.jsonl", metrics)
+            measured, images = count(1), sum(map(len, study.rows))
             frames = [
-                measurements(store, report.records, experiment, rows, scores)
+                measurements(store, report.records, experiment, rows, scores, lambda: show(next(measured), images))
                 for experiment, rows in zip(study.experiments, study.rows, strict=True)
             ]
     for name, reason in metrics.unavailable.items():
@@ -72,11 +74,17 @@ def run(cfg: DictConfig, model_name: str, method: Callable[[str], DictConfig], c
 
 
 def measurements(
-    store: Store, records: Mapping[str, Record], experiment: Experiment, rows: Sequence[Row], scores: Scores
+    store: Store,
+    records: Mapping[str, Record],
+    experiment: Experiment,
+    rows: Sequence[Row],
+    scores: Scores,
+    on_row: Callable[[], None] = lambda: None,
 ) -> pd.DataFrame:
     """The frame of `Results`: a row for each of `rows` that `records` has, setting by setting.
 
     A setting without any is a category of the column `setting` all the same, so that tables can say that it failed.
+    `on_row` is called after each of `rows`.
     """
 
     def found(cell: Cell) -> Record | None:
@@ -91,6 +99,7 @@ def measurements(
             truth = {TRUTH_IMAGE: row.cell.prompt.truth} if row.cell.prompt.truth else {}
             scored = scores.of(experiment.metrics, record, references | truth, row.cell.prompt)
             measured.append(_row(row, record, references) | scored)
+        on_row()
     frame = pd.DataFrame(measured)
     if len(frame) and set(order) - set(frame["setting"]):
         frame["setting"] = pd.Categorical(frame["setting"], categories=order)
@@ -233,8 +242,8 @@ def _complain(messages: Console, study: Study, report: Report) -> None:
     """What could not be drawn, one line a setting and reason, and what to do about it."""
     names = study.names
     reasons = Counter((names[cell.way], failure.reason) for cell, failure in report.failures.values())
-    for (name, reason), count in reasons.items():
-        messages.print(f"failed: {name}, {count} images: {reason}", markup=False, soft_wrap=True)
+    for (name, reason), images in reasons.items():
+        messages.print(f"failed: {name}, {images} images: {reason}", markup=False, soft_wrap=True)
     messages.print(
         f"{len(report.failures)} images are missing from the tables (details: {study.out}/records/*.failed.json); the "
         "same command tries them again",

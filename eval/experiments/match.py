@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from diffusers import DiffusionPipeline
 from rich.console import Console
 
 from h2cache import CacheConfig, Speedup, Unreachable, tune
+from h2cache.eval.cli.progress import bar
 from h2cache.eval.errors import UserError
 from h2cache.eval.experiments.settings import Experiment, Match, Setting
 from h2cache.eval.experiments.study import Study
@@ -70,8 +72,8 @@ def _found(setting: Setting, bench: "_Bench", identity: Mapping[str, Any], folde
     file = folder / f"{name}.json"
     tuning = _kept(file)
     if tuning is None:
-        with messages.status(f"matching {setting.name}") as status:
-            tuning = search(setting, target, lambda trial: status.update(f"matching {setting.name}: {trial}"))
+        with bar(messages, f"matching {setting.name}") as show:
+            tuning = search(setting, target, show)
         _keep(file, identity, tuning)
         note = f"matched: {setting.name}, {tuning.words}, {tuning.speedup:.2f}x where {target.times:g}x is asked"
         messages.print(note, markup=False, soft_wrap=True)
@@ -110,7 +112,7 @@ def _bench(study: Study, experiment: Experiment) -> "_Bench":
     return _Bench(lambda: load_pipeline(model), model.call_arguments, experiment.match, prompts, seed, steps)
 
 
-Search = Callable[[Setting, Speedup, Callable[[str], None]], Tuning]
+Search = Callable[[Setting, Speedup, Callable[[int, int], None]], Tuning]  # calls with (settings tried, of how many)
 
 
 @dataclass(frozen=True)
@@ -145,11 +147,11 @@ class _Bench:
         turns = isinstance(setting.config, CacheConfig) and as_written(setting.config)
         return self.by_knob if turns else None
 
-    def by_knob(self, setting: Setting, target: Speedup, tell: Callable[[str], None]) -> Tuning:
+    def by_knob(self, setting: Setting, target: Speedup, show: Callable[[int, int], None]) -> Tuning:
         """The position of the method's threshold, pair of thresholds, or interval."""
         pipe, knob = self.pipeline(), as_written(setting.config)
         arguments = self.call | {"num_inference_steps": setting.steps or self.steps} | dict(setting.call)
-
+        tried = count(1)
         try:
             curve = tune(
                 pipe,
@@ -159,7 +161,7 @@ class _Bench:
                 knobs=[knob],
                 seed=self.seed,
                 trials=TRIALS,
-                on_trial=lambda trial: tell(f"{target.of(trial):.2f}x at {trial.config}"),
+                on_trial=lambda trial: show(next(tried), 1 + TRIALS),
                 **{name: value for name, value in arguments.items() if takes(pipe, name)},
             ).curve
         except Unreachable as error:
@@ -167,21 +169,21 @@ class _Bench:
         nearest = min(curve, key=lambda trial: _distance(target.of(trial), target))
         return self._tuning(target, _fields(nearest.config, knob.fields), target.of(nearest), reached=True)
 
-    def by_steps(self, setting: Setting, target: Speedup, tell: Callable[[str], None]) -> Tuning:
+    def by_steps(self, setting: Setting, target: Speedup, show: Callable[[int, int], None]) -> Tuning:
         """The number of steps of the setting's scheduler."""
         pipe = self.pipeline()
         tried: dict[int, float] = {}
-        count = max(1, round(self.steps / target.times))
-        self._seconds(pipe, setting, count, 0)  # the first call of a scheduler or method is slower than the others
-        while count not in tried and len(tried) < STEP_TRIALS:
+        steps = max(1, round(self.steps / target.times))
+        self._seconds(pipe, setting, steps, 0)  # the first call of a scheduler or method is slower than the others
+        while steps not in tried and len(tried) < STEP_TRIALS:
             ratios = []
             for index in range(len(self.prompts)):
                 before = self._seconds(pipe, None, self.steps, index)
-                ratios.append(before / self._seconds(pipe, setting, count, index))
-            tried[count] = statistics.median(ratios)
-            tell(f"{tried[count]:.2f}x at {count} steps")
-            count = max(1, round(count * tried[count] / target.times))
-        nearest = min(tried, key=lambda count: _distance(tried[count], target))
+                ratios.append(before / self._seconds(pipe, setting, steps, index))
+            tried[steps] = statistics.median(ratios)
+            show(len(tried), STEP_TRIALS)
+            steps = max(1, round(steps * tried[steps] / target.times))
+        nearest = min(tried, key=lambda steps: _distance(tried[steps], target))
         too_slow = nearest == 1 and tried[nearest] < target.times
         return self._tuning(target, {"steps": nearest}, tried[nearest], reached=not too_slow)
 

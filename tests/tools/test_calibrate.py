@@ -1,5 +1,6 @@
 """`python -m tools.calibrate`: what it refuses before it draws anything, what it says, and what it writes."""
 
+import re
 import subprocess
 import sys
 
@@ -77,6 +78,18 @@ def test_plans_are_written_after_the_cost_was_said(tmp_path, tiny_pipe, monkeypa
     assert len(said) == 2 and "4 of 8 steps computed" in said[0]
 
 
+def test_it_counts_evaluations_in_a_terminal(tmp_path, tiny_pipe, monkeypatch, capsys):
+    """From the recording to the last plan: at most as many as it has said."""
+    monkeypatch.setattr(calibrate, "load_pipeline", lambda model: tiny_pipe)
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    asked = settings(tmp_path)
+    calibrate.run(asked, lambda *of: PROMPTS)
+    counts = [tuple(map(int, pair)) for pair in re.findall(r"(\d+)/(\d+)", capsys.readouterr().err)]
+    expected = calibrate.expected_evaluations(asked)
+    assert {total for _, total in counts} == {expected} and expected / 2 < counts[-1][0] <= expected
+    assert not tiny_pipe.transformer._forward_hooks
+
+
 def test_the_plans_of_other_papers_are_written_too(tmp_path, tiny_pipe, monkeypatch):
     monkeypatch.setattr(calibrate, "load_pipeline", lambda model: tiny_pipe)
     said = calibrate.run(settings(tmp_path, kind="dpcache"), lambda *of: PROMPTS)
@@ -94,8 +107,8 @@ def test_a_batch_that_does_not_fit_is_halved(tiny_pipe, monkeypatch):
 
     monkeypatch.setattr(type(tiny_pipe), "__call__", small)
     call = dict(height=32, width=32, guidance_scale=3.5, num_inference_steps=8)
-    batch, seconds = calibrate._fitting_batch(tiny_pipe, PROMPTS * 2, 8, call)
-    assert batch == 2 and seconds > 0
+    batch, per_step, seconds = calibrate._fitting_batch(tiny_pipe, PROMPTS * 2, 8, call)
+    assert (batch, per_step) == (2, 1) and seconds > 0
 
 
 @pytest.mark.parametrize(("fields", "names"), [(["budget=0.5"], "budget="), (["kind=l2p", "tries=-1"], "tries=")])
