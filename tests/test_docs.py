@@ -1,4 +1,4 @@
-"""The docs site and README.md: the site builds, the code of every page runs, and every command is a valid one.
+"""The docs site, README.md and the notebook: the site builds, all code runs, and every command is a valid one.
 
 The Python blocks of a page run one after the other, in one namespace, in a folder that has the clone's `assets`. Four
 names are given: `h2cache`, `pipe` (flux-mini), `prompt` and `prompts`. A run of flux-mini has eight steps at most, and
@@ -8,6 +8,7 @@ extend.md the commands run as well.
 
 import functools
 import inspect
+import json
 import re
 import shlex
 import subprocess
@@ -18,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import diffusers
+import numpy as np
 import pytest
 import yaml
 from diffusers import DiffusionPipeline, FluxPipeline
@@ -195,6 +197,25 @@ def test_the_code_of_a_page_runs(page, folder, small, nothing_stays, flux_mini, 
         elif block.language == "sh" and page == WITH_COMMANDS:
             for command in block.code.splitlines():
                 do(command, monkeypatch)
+
+
+def test_the_notebook_runs(folder, monkeypatch):
+    """As it is, in the folder of a clone; it stores no output, and leaves the pipeline as it was."""
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    notebook = json.loads((REPOSITORY / "notebooks/frontier.ipynb").read_text(encoding="utf-8"))
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] for cell in code)
+    namespace = {"__name__": "notebook"}
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for number, cell in enumerate(code):
+        exec(compile("".join(cell["source"]), f"notebook, code {number}", "exec"), namespace)
+    points = namespace["points"]
+    assert (
+        len(points) == 12 and np.isfinite(points["psnr"]).all() and (points["evaluations"] < namespace["STEPS"]).all()
+    )
+    assert len(namespace["ax"].lines) == points["method"].nunique() == 4
+    assert namespace["found"].best.psnr >= 36
+    assert namespace["draw"](namespace["prompt"]) == namespace["plain"]
 
 
 @named([page for page in PAGES if commands(page)])
