@@ -4,6 +4,7 @@
 # make lint
 # make package                               build the wheel and try it in an empty environment; needs a package index
 # make docs                                  build the docs site into site/, strictly
+# make demo [ARGS='--port 8080']             serve the page to try it on, at 127.0.0.1; the arguments are h2cache demo's
 # bash run_exper.sh --help                   the paper's tables and figures
 #
 # The packages live in .venv, made by PYTHON (3.11 or newer). They are installed again only when a requirements file has
@@ -17,7 +18,7 @@ ARGS ?=
 WORKERS ?= 2
 OLD := 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is too old: make PYTHON=python3.11 or newer")'
 
-.PHONY: run test test-thorough lint docs package
+.PHONY: run test test-thorough lint docs demo package
 
 run: $(VENV)/run.stamp
 	$(BIN)/python run.py $(ARGS)
@@ -38,6 +39,9 @@ package:
 docs: $(VENV)/dev.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+demo: $(VENV)/demo.stamp
+	$(BIN)/h2cache demo $(ARGS)
+
 $(VENV)/run.stamp: requirements.txt
 	@$(PIP) --version > /dev/null 2>&1 || { $(PYTHON) -c $(OLD) && $(PYTHON) -m venv --clear $(VENV); }
 	$(PIP) install -r requirements.txt
@@ -45,6 +49,11 @@ $(VENV)/run.stamp: requirements.txt
 
 $(VENV)/eval.stamp: requirements-eval.txt $(VENV)/run.stamp
 	$(PIP) install -r requirements-eval.txt
+	@touch $@
+
+# The program itself comes with an editable installation: the clone's files are what runs.
+$(VENV)/demo.stamp: pyproject.toml $(VENV)/eval.stamp
+	$(PIP) install --editable '.[demo]'
 	@touch $@
 
 $(VENV)/dev.stamp: requirements-dev.txt requirements-docs.txt $(VENV)/eval.stamp

@@ -5,7 +5,6 @@ work. Whatever the user can put right is one sentence on stderr and exit code 2;
 Ctrl-C is 130.
 """
 
-import logging
 import shlex
 import sys
 import traceback
@@ -26,8 +25,6 @@ PLAIN_TEXT = ("out", "prompts.path", "clipiqa_checkpoint")  # fields whose value
 
 def _job(cfg: DictConfig, program: str) -> None:
     """What Hydra calls. It leaves by SystemExit, since Hydra adds words of its own to an exception."""
-    # diffusers imports bitsandbytes where it is installed, which warns of kernels that nobody asked for.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from h2cache.eval.experiments.harness import run
 
     composed = HydraConfig.get()

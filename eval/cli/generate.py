@@ -4,7 +4,6 @@ Whatever the user can put right is one sentence on stderr and exit code 2; Ctrl-
 command that is well formed.
 """
 
-import logging
 import sys
 import tempfile
 import traceback
@@ -55,8 +54,6 @@ def main(program: str = PROGRAM) -> None:
 
 def _job(cfg: DictConfig, program: str) -> None:
     """One job of a run or multirun. It leaves by SystemExit, since Hydra adds words of its own to an exception."""
-    # diffusers imports bitsandbytes where it is installed, which warns of kernels that nobody asked for.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     composed = HydraConfig.get()
     number = composed.job.num if composed.mode == RunMode.MULTIRUN else None
     try:

@@ -153,6 +153,7 @@ def doctor() -> None:
     """Show what is on this machine and which models can run on it."""
     from rich.console import Console
 
+    import_module("h2cache.eval.cli.arguments").prepare()
     import_module("h2cache.eval.cli.doctor").show(Console())
 
 

@@ -45,7 +45,7 @@ def run(cfg: DictConfig, model_name: str, method: Callable[[str], DictConfig], c
         with watching(messages, study.names) as watcher:
             report = sweep(store, study.all_cells, study.model, study.launcher, watcher)
         if store.damaged:
-            messages.print(f"note: {len(store.damaged)} records were damaged, and their images are drawn again")
+            messages.print(f"note: damaged records, whose images are drawn again: {len(store.damaged)}")
         names = study.names
         drawn = [cell for cell in study.all_cells if store.fingerprint(cell) in report.records]
         store.write_index((names[cell.way], cell) for cell in drawn)
