@@ -272,8 +272,8 @@ def test_a_damaged_image_is_drawn_again(command, tmp_path):
     first = measured(tmp_path / "results")
     image = tmp_path / "results" / first.image[2]
     image.write_bytes(image.read_bytes()[:-10])
-    _, stdout, _ = command(*SMALL, "limit=1")
-    assert "4 images, 1 of them drawn now" in stdout
+    _, stdout, stderr = command(*SMALL, "limit=1")
+    assert "4 images, 1 of them drawn now" in stdout and "damaged records, whose images are drawn again: 1" in stderr
     pd.testing.assert_frame_equal(measured(tmp_path / "results"), first)
 
 
