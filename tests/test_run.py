@@ -28,6 +28,7 @@ import run
 from h2cache import H2CacheConfig
 from h2cache.baselines import BlockCacheConfig
 from h2cache.eval.cli.generate import as_typed
+from h2cache.eval.cli.terminal import sigmas
 from h2cache.eval.cli.timeline import Timeline, decision_table
 from h2cache.eval.files import atomic_files
 from h2cache.eval.metrics.images import psnr, ssim
@@ -309,6 +310,8 @@ def test_the_table_of_decisions_shows_the_sigma_that_was_chosen():
     assert shown([np.nan, 0.5, 0.613]).splitlines()[-1].endswith("0.50 to 0.61")
     assert shown([np.nan, 0.5, 0.5]).split()[-1] == "0.50"
     assert "sigma" not in shown([np.nan, np.nan, np.nan])
+    assert sigmas({"sigma": {"a": (0.5, 0.613), "b": (0.5, 0.5)}}) == {"sigma": "a 0.50 to 0.61, b 0.50"}
+    assert sigmas({}) == {}
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])

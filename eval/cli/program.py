@@ -94,7 +94,7 @@ def bench(
     limits = [f"limit={limit}"] if limit else []
     sys.argv[1:] = [*_models().overrides(model), *chosen, *limits, f"out={out}", f"launcher={launcher}", *fields]
     _needs("eval", "datasets", "matplotlib", "pyiqa", "scipy", "jinja2")
-    import_module("h2cache.eval.cli.experiments").main("h2cache bench")
+    _code("cli.experiments").main("h2cache bench")
 
 
 @app.command()
@@ -115,7 +115,7 @@ def tune(
     if len(given) != 1:
         raise typer.BadParameter("give one of --psnr, --speedup and --wall-speedup")
     overrides = [*_models().overrides(model), f"method={method}", *(fields or ())]
-    import_module("h2cache.eval.cli.tuning").main(overrides, given[0], prompts, trials, seed)
+    _code("cli.tuning").main(overrides, given[0], prompts, trials, seed)
 
 
 @app.command()
@@ -129,7 +129,7 @@ def calibrate(
     """Search for the steps worth computing and write them as a plan."""
     asked = [f"budget={budget}", f"out={out}", f"prompts_file={prompts}"]
     sys.argv[1:] = [*_models().overrides(model), *asked, *(fields or ())]
-    import_module("h2cache.eval.cli.calibrate").main("h2cache calibrate")
+    _code("cli.calibrate").main("h2cache calibrate")
 
 
 @app.command()
@@ -145,7 +145,7 @@ def demo(
 ) -> None:
     """Serve a page on which a method's fields are turned and their effect is seen."""
     _needs("demo", "gradio", "datasets", "matplotlib", "scipy", "jinja2")
-    import_module("h2cache.eval.demo.app").main([*_models().overrides(model), *(fields or ())], host, port)
+    _code("demo.app").main([*_models().overrides(model), *(fields or ())], host, port)
 
 
 @app.command()
@@ -153,14 +153,13 @@ def doctor() -> None:
     """Show what is on this machine and which models can run on it."""
     from rich.console import Console
 
-    import_module("h2cache.eval.cli.arguments").prepare()
-    import_module("h2cache.eval.cli.doctor").show(Console())
+    _code("cli.doctor").show(Console())
 
 
 @plans.command()
 def show(file: Annotated[Path, typer.Argument(help="A plan's JSON file.", exists=True, dir_okay=False)]) -> None:
     """Show what a plan computes, for which model, and what it reached."""
-    import_module("h2cache.eval.cli.plans").show(file)
+    _code("cli.plans").show(file)
 
 
 @plans.command()
@@ -169,7 +168,7 @@ def export(
     form: Annotated[str, typer.Option("--format", help="sigmas, k-diffusion or json.")] = "json",
 ) -> None:
     """Write a plan for other programs, to stdout: noise levels, a sampler for k-diffusion, or both as JSON."""
-    import_module("h2cache.eval.cli.plans").export(file, form)
+    _code("cli.plans").export(file, form)
 
 
 def _draw(
@@ -185,11 +184,17 @@ def _draw(
     asked = [f"model.num_inference_steps={steps}"] if steps else []
     settings = [f"method={method}", f"prompt={prompt}", f"seed={seed}", f"out={out}"]
     sys.argv[1:] = [*_models().overrides(model), *settings, *asked, *(fields or ())]
-    import_module("h2cache.eval.cli.generate").main(f"h2cache {command}")
+    _code("cli.generate").main(f"h2cache {command}")
 
 
 def _models() -> Any:
-    return import_module("h2cache.eval.cli.models")
+    return _code("cli.models")
+
+
+def _code(name: str) -> Any:
+    """A module of h2cache.eval, which is imported when its command is given."""
+    import_module("h2cache.eval.cli.arguments").prepare()
+    return import_module(f"h2cache.eval.{name}")
 
 
 def _needs(extra: str, *libraries: str) -> None:

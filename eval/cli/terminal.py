@@ -40,6 +40,13 @@ def bound(summary: Mapping[str, Any]) -> str:
     return f"{fraction:.1%} computed: at most {speedup:.2f}x as fast as computing all"
 
 
+def sigmas(summary: Mapping[str, Any]) -> dict[str, str]:
+    """The scales that the forecasts took, by stage; empty where they have none."""
+    ranges = {stage: dict.fromkeys(f"{end:.2f}" for end in ends) for stage, ends in summary.get("sigma", {}).items()}
+    words = ", ".join(f"{stage} {' to '.join(ends)}" for stage, ends in ranges.items())
+    return {"sigma": words} if words else {}
+
+
 def comparison(cached: Drawing, baseline: Drawing) -> dict[str, str]:
     """What a cached drawing gains and loses against the baseline."""
     with_all = baseline.total_seconds / cached.total_seconds

@@ -365,6 +365,7 @@ def _facts(task: Task, run: Run, whole: Run) -> str:
         "with the cache": terminal.timing(run.drawing),
         **terminal.comparison(run.drawing, whole.drawing),
         "bound": terminal.bound(run.summary),
+        **terminal.sigmas(run.summary),
     }
     numbers = "".join(f"<span>{escape(name)}<b>{escape(value)}</b></span>" for name, value in headline.items())
     return f'<div class="headline">{numbers}</div>{_table(table.items())}'
