@@ -98,6 +98,17 @@ def bench(
 
 
 @app.command()
+def rescore(
+    out: Annotated[Path, typer.Argument(help="The folder of a run of `bench`.")] = Path("results"),
+    fields: Annotated[list[str] | None, typer.Argument(help="FIELD=VALUE, such as metric_weights=FOLDER.")] = None,
+) -> None:
+    """Measure a run's images again, when weights of metrics have come; draw none."""
+    sys.argv[1:] = ["rescore", f"out={out}", *(fields or ())]
+    _needs("eval", "datasets", "matplotlib", "pyiqa", "scipy", "jinja2")
+    import_module("h2cache.eval.cli.experiments").main("h2cache rescore")
+
+
+@app.command()
 def tune(
     fields: Fields = None,
     model: Model = "flux-mini",

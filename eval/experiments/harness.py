@@ -1,4 +1,7 @@
-"""From a configuration to a folder of results: draw what is missing, measure, make tables, figures and the page."""
+"""From a configuration to a folder of results: draw what is missing, measure, make tables, figures and the page.
+
+`run` does it all; `rescore` measures what another run has drawn, and draws nothing.
+"""
 
 import dataclasses
 import json
@@ -16,13 +19,13 @@ from rich.table import Table
 
 from h2cache.eval.cli.progress import bar, watching
 from h2cache.eval.errors import UserError
-from h2cache.eval.experiments.match import matched
+from h2cache.eval.experiments.match import as_matched, matched
 from h2cache.eval.experiments.settings import Experiment, Row
 from h2cache.eval.experiments.study import Study, read_study
 from h2cache.eval.files import atomic_files
 from h2cache.eval.generation.backends import backend_of, fields_of
 from h2cache.eval.generation.records import Cell, Record, Store
-from h2cache.eval.generation.sweep import Report, sweep
+from h2cache.eval.generation.sweep import Report, found, sweep
 from h2cache.eval.metrics.registry import TRUTH_IMAGE, Metrics, kind
 from h2cache.eval.metrics.scores import Scores
 from h2cache.eval.models.environment import environment
@@ -34,8 +37,14 @@ from h2cache.eval.report.tables import SummaryTable
 PAGE, ENVIRONMENT, MEASUREMENTS = "report.html", "environment.json", "measurements.csv"
 
 
-def run(cfg: DictConfig, model_name: str, method: Callable[[str], DictConfig], command: str) -> int:
-    """Do what Hydra composed; returns the exit code, 1 if some images could not be drawn. Raises UserError."""
+Method = Callable[[str], DictConfig]
+
+
+def run(cfg: DictConfig, model_name: str, method: Method, command: str, overrides: Sequence[str]) -> int:
+    """Do what Hydra composed of `overrides`; returns the exit code, 1 if some images could not be drawn.
+
+    Raises UserError.
+    """
     study = read_study(cfg, model_name, method)
     messages = Console(stderr=True, highlight=False)
     model = identity(study.model)
@@ -49,28 +58,73 @@ def run(cfg: DictConfig, model_name: str, method: Callable[[str], DictConfig], c
         names = study.names
         drawn = [cell for cell in study.all_cells if store.fingerprint(cell) in report.records]
         store.write_index((names[cell.way], cell) for cell in drawn)
-        with messages.status("loading the metrics"):
-            metrics = Metrics(study.metrics, study.clipiqa_checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
-        with bar(messages, "measuring the images") as show:
-            scores = Scores(store.folder / "scores.jsonl", metrics)
-            measured, images = count(1), sum(map(len, study.rows))
-            frames = [
-                measurements(store, report.records, experiment, rows, scores, lambda: show(next(measured), images))
-                for experiment, rows in zip(study.experiments, study.rows, strict=True)
-            ]
+        results = _measured(study, store, report, command, messages)
+    _write(study, report, results, environment(command) | _facts(study, report, overrides), messages)
+    if report.failures:
+        _complain(messages, study, report)
+    return 1 if report.failures else 0
+
+
+def rescore(cfg: DictConfig, model_name: str, method: Method, command: str, overrides: Sequence[str]) -> int:
+    """Measure what a run has drawn, and make its tables, figures and page anew; returns the exit code 0.
+
+    What stands beside the results about the run itself stays; when they were scored is added. Raises UserError.
+    """
+    study = read_study(cfg, model_name, method)
+    messages = Console(stderr=True, highlight=False)
+    before = facts_of(study.out)
+    model = identity(study.model)
+    store = Store(study.out / "records", model)
+    with store.locked():
+        study = as_matched(study, model, before.get("machine", ""))
+        report = found(store, study.all_cells)
+        if not report.records:
+            raise UserError(f"{study.out}: none of the images of this command is there; give the fields of the run too")
+        results = _measured(study, store, report, before.get("command", command), messages)
+    missing = len({store.fingerprint(cell) for cell in study.all_cells}) - len(report.records)
+    if missing:
+        messages.print(f"note: {missing} images are not there, or damaged; the run's own command draws them")
+    now = environment(command)
+    rescored = {"rescored": {name: now[name] for name in ("time", "commit", "command")}}
+    _write(study, report, results, now | before | _facts(study, report, overrides) | rescored, messages)
+    return 0
+
+
+def facts_of(out: Path) -> dict[str, Any]:
+    """What stands beside the results in `out` about the run that made them; UserError if nothing does."""
+    try:
+        return json.loads((out / ENVIRONMENT).read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"out={out}: no run has ended there ({ENVIRONMENT} is missing or damaged)") from error
+
+
+def _measured(study: Study, store: Store, report: Report, command: str, messages: Console) -> list[Results]:
+    """The results of every experiment of which there are images. `store` is locked: its scores are added to."""
+    with messages.status("loading the metrics"):
+        metrics = Metrics(study.metrics, study.metric_weights, "cuda" if torch.cuda.is_available() else "cpu")
+    with bar(messages, "measuring the images") as show:
+        scores = Scores(store.folder / "scores.jsonl", metrics)
+        measured, images = count(1), sum(map(len, study.rows))
+        frames = [
+            measurements(store, report.records, experiment, rows, scores, lambda: show(next(measured), images))
+            for experiment, rows in zip(study.experiments, study.rows, strict=True)
+        ]
     for name, reason in metrics.unavailable.items():
         messages.print(f"note: {name} is n/a: {reason}", soft_wrap=True)
-    results = [
+    return [
         _results(experiment, frame, metrics.unavailable, study, command)
         for experiment, frame in zip(study.experiments, frames, strict=True)
         if len(frame)
     ]
+
+
+def _write(
+    study: Study, report: Report, results: Sequence[Results], facts: Mapping[str, Any], messages: Console
+) -> None:
+    """Make all that is made of the results, and say where it is."""
     with messages.status("drawing tables and figures"):
-        made, beside = _make(study, results, environment(command) | _facts(study, report))
+        made, beside = _make(study, results, facts)
     _tell(Console(highlight=False, soft_wrap=True), study, made, beside, report)
-    if report.failures:
-        _complain(messages, study, report)
-    return 1 if report.failures else 0
 
 
 def measurements(
@@ -194,7 +248,7 @@ def _below(folder: Path) -> Callable[[Path | None], str | None]:
     return lambda path: path and path.relative_to(folder).as_posix()
 
 
-def _facts(study: Study, report: Report) -> dict[str, Any]:
+def _facts(study: Study, report: Report, overrides: Sequence[str]) -> dict[str, Any]:
     """What environment.json says besides of this run and of where its images were drawn."""
     records = report.records.values()
     facts = {
@@ -204,6 +258,7 @@ def _facts(study: Study, report: Report) -> dict[str, Any]:
         "drawn_with": " and ".join(sorted({record.versions for record in records})),
         "images": len(records),
         "failed": len(report.failures),
+        "overrides": list(overrides),
     }
     if report.drawn:
         facts["harness_overhead"] = round(report.overhead_seconds / report.drawing_seconds, 5)

@@ -49,20 +49,42 @@ def matched(study: Study, model: Mapping[str, Any], messages: Console) -> Study:
     if not any(experiment.match for experiment in study.experiments):
         return study
     study.launcher.prepare()
-    machine = machine_name(study.model)
+
+    def searched(setting: Setting, search: Search, target: Speedup) -> Tuning:
+        with bar(messages, f"matching {setting.name}") as show:
+            tuning = search(setting, target, show)
+        note = f"matched: {setting.name}, {tuning.words}, {tuning.speedup:.2f}x where {target.times:g}x is asked"
+        messages.print(note, markup=False, soft_wrap=True)
+        return tuning
+
+    return _with_tunings(study, model, machine_name(study.model), searched)
+
+
+def as_matched(study: Study, model: Mapping[str, Any], machine: str) -> Study:
+    """The study with every setting as it was found before, on `machine`; UserError if one never was."""
+
+    def missing(setting: Setting, search: Search, target: Speedup) -> Tuning:
+        raise UserError(f"{study.out / FOLDER} has no tuning of {setting.name}: finish the run with its own command")
+
+    return _with_tunings(study, model, machine, missing)
+
+
+def _with_tunings(study: Study, model: Mapping[str, Any], machine: str, searched: "Searched") -> Study:
     experiments = []
     for experiment in study.experiments:
         settings = experiment.settings
         if experiment.match:
             bench = _bench(study, experiment)
             identity = {"format": FORMAT, "model": dict(model), "machine": machine, **bench.identity()}
-            settings = tuple(_found(each, bench, identity, study.out / FOLDER, messages) for each in settings)
+            settings = tuple(_found(each, bench, identity, study.out / FOLDER, searched) for each in settings)
         experiments.append(replace(experiment, settings=settings))
     return replace(study, experiments=tuple(experiments))
 
 
-def _found(setting: Setting, bench: "_Bench", identity: Mapping[str, Any], folder: Path, messages: Console) -> Setting:
-    """The setting with what was kept of an earlier search for it, or with what one finds now."""
+def _found(
+    setting: Setting, bench: "_Bench", identity: Mapping[str, Any], folder: Path, searched: "Searched"
+) -> Setting:
+    """The setting with what was kept of an earlier search for it, or with what `searched` gives."""
     search = bench.search(setting)
     if search is None:
         return setting
@@ -72,11 +94,8 @@ def _found(setting: Setting, bench: "_Bench", identity: Mapping[str, Any], folde
     file = folder / f"{name}.json"
     tuning = _kept(file)
     if tuning is None:
-        with bar(messages, f"matching {setting.name}") as show:
-            tuning = search(setting, target, show)
+        tuning = searched(setting, search, target)
         _keep(file, identity, tuning)
-        note = f"matched: {setting.name}, {tuning.words}, {tuning.speedup:.2f}x where {target.times:g}x is asked"
-        messages.print(note, markup=False, soft_wrap=True)
     if search == bench.by_steps:
         return replace(setting, tuning=tuning, **tuning.fields)
     return replace(setting, tuning=tuning, config=setting.config.updated(**tuning.fields))
@@ -113,6 +132,7 @@ def _bench(study: Study, experiment: Experiment) -> "_Bench":
 
 
 Search = Callable[[Setting, Speedup, Callable[[int, int], None]], Tuning]  # calls with (settings tried, of how many)
+Searched = Callable[[Setting, Search, Speedup], Tuning]  # what a search that was never made gives
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from h2cache.eval.generation.sweep import Launcher
 from h2cache.eval.metrics import registry as quality
 from h2cache.eval.models.pipelines import ModelConfig
 
-FIELDS = "model protocol prompts experiments launcher limit out clipiqa_checkpoint".split()
+FIELDS = "model protocol prompts experiments launcher limit out metric_weights".split()
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Study:
     prompts: Mapping[PromptSet, tuple[Prompt, ...]]
     limit: int | None
     out: Path
-    clipiqa_checkpoint: Path | None
+    metric_weights: Path | None
 
     @cached_property
     def rows(self) -> tuple[tuple[Row, ...], ...]:
@@ -81,11 +81,13 @@ def read_study(cfg: DictConfig, model_name: str, method: Callable[[str], DictCon
     prompts = {each: each.load() for each in dict.fromkeys(experiment.prompts for experiment in experiments)}
     for picture in {prompt.picture for loaded in prompts.values() for prompt in loaded}:
         model.check_picture(picture and picture.image)
-    checkpoint = Path(str(cfg.clipiqa_checkpoint)).expanduser() if cfg.clipiqa_checkpoint else None
-    if checkpoint and not checkpoint.is_file():
-        raise UserError(f"clipiqa_checkpoint={checkpoint}: there is no such file; give OpenAI's CLIP RN50.pt, or null")
+    weights = Path(str(cfg.metric_weights)).expanduser() if cfg.metric_weights else None
+    if weights and not weights.is_dir():
+        raise UserError(
+            f"metric_weights={weights}: there is no such folder; docs/metrics.md says what it holds, or null"
+        )
     out = Path(str(cfg.out)).expanduser()
-    study = Study(model, model_name, launcher, experiments, prompts, cfg.limit, out, checkpoint)
+    study = Study(model, model_name, launcher, experiments, prompts, cfg.limit, out, weights)
     for name in study.metrics:
         quality.kind(name)  # UserError for a name that is no metric
     return study

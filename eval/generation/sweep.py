@@ -157,22 +157,21 @@ class Painter:
         return self._copies[cell.weights, alone]
 
 
+def found(store: Store, cells: Sequence[Cell]) -> Report:
+    """What `store` has of `cells`; nothing is drawn."""
+    named = {store.fingerprint(cell): cell for cell in cells}
+    return Report({name: record for name, cell in named.items() if (record := store.read(cell))})
+
+
 def sweep(store: Store, cells: Sequence[Cell], model: ModelConfig, launcher: Launcher, watcher: Watcher) -> Report:
     """Draw those of `cells` that `store`, which is locked, does not have.
 
     A cell that fails is noted, and the others go on. UserError for what concerns them all: no model, no room, or times
     of another machine among the records.
     """
-    report = Report()
-    missing: dict[str, Cell] = {}
-    for cell in cells:
-        name = store.fingerprint(cell)
-        if name not in report.records and name not in missing:
-            record = store.read(cell)
-            if record:
-                report.records[name] = record
-            else:
-                missing[name] = cell
+    report = found(store, cells)
+    named = ((store.fingerprint(cell), cell) for cell in cells)
+    missing = {name: cell for name, cell in named if name not in report.records}
     if not missing:
         return report
     batches = _batches(missing.values())

@@ -1,6 +1,6 @@
 """What a metric of images is: how it is called and shown, what loads it, and what it then looks at."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,11 +32,20 @@ Scorer = Callable[[Shown], float]  # NaN where the metric does not apply
 
 @dataclass(frozen=True)
 class Means:
-    """What metrics are loaded with."""
+    """What metrics are loaded with.
+
+    Fields:
+        weights: a folder of the user's with some of `Metric.files`.
+    """
 
     device: torch.device
     online: bool
-    clipiqa_checkpoint: Path | None
+    weights: Path | None
+
+    def local(self, files: Sequence[str]) -> tuple[Path, ...]:
+        """These files of the folder `weights`; none unless all are there."""
+        found = tuple(self.weights / name for name in files) if self.weights else ()
+        return found if all(path.exists() for path in found) else ()
 
 
 @dataclass(frozen=True)
@@ -46,9 +55,11 @@ class Metric:
     Fields:
         label: its name in tables and figures, a unit after the comma.
         load: makes what scores. Unavailable, and OSError, say that it cannot be had.
-        version: changes when its scores may; for the key under which they are kept.
+        version: changes when its scores may; for the key under which they are kept, with the content of local `files`.
+        has_zero: whether 0 means nothing, so that a change can be told in percent.
         form: a format specification for tables, or "%" for percents.
         fetches: whether `load` may ask a network.
+        files: what it loads from the user's folder of weights, if all are there.
     """
 
     label: str
@@ -56,5 +67,7 @@ class Metric:
     version: Callable[[Means], str] = lambda means: "1"
     needs_reference: bool = False
     lower_is_better: bool = False
+    has_zero: bool = True
     form: str = ".4f"
     fetches: bool = False
+    files: tuple[str, ...] = ()

@@ -3,20 +3,15 @@
 pyiqa is imported when it is asked for: it takes seconds.
 
 `clipiqa` is CLIP-IQA as its paper defines it (Wang et al., AAAI 2023): CLIP's RN50 without positional embedding, and
-one pair of prompts "Good photo." and "Bad photo."; pyiqa's own default is the mean over five other pairs. The code
-published for H2-Cache gives pixels of 0 to 255 to a wrapper that expects 0 to 1, so that the paper's scores are on
-another scale: compare changes in percent.
+one pair of prompts "Good photo." and "Bad photo."; pyiqa's own default is the mean over five other pairs. What the code
+published for H2-Cache computes is `clipiqa_published` (`h2cache.eval.metrics.preference`).
 """
 
 import contextlib
 import io
 import os
 import random
-import socket
-import urllib.error
-import urllib.request
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,21 +19,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import constants
-from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from torch import Tensor
 
-from h2cache.eval.errors import UserError
-from h2cache.eval.files import file_digest
 from h2cache.eval.metrics.metric import Means, Metric, Scorer, Shown, Unavailable
+from h2cache.eval.metrics.weights import first_line, loaded
 
-# Seconds without an answer: pyiqa, clip and torch.hub would wait for ever.
-FETCH_TIMEOUT, PROBE_TIMEOUT = 10.0, 3.0
 SEED = 0  # a few metrics crop at random
 CLIPIQA_PROMPTS = ("Good photo.", "Bad photo.")
-# These compare the statistics of whole folders.
 LABELS = {"clipiqa": "CLIP-IQA", "lpips": "LPIPS", "clipscore": "CLIPScore"}
+# Of a folder of weights. torchvision, whose AlexNet LPIPS takes, looks nowhere but in $TORCH_HOME/hub/checkpoints.
+FILES = {
+    "clipiqa": ("RN50.pt",),
+    "clipscore": ("ViT-B-32.pt",),
+    "lpips": ("LPIPS_v0.1_alex-df73285e.pth", "hub/checkpoints/alexnet-owt-7be5be79.pth"),
+}
+# These compare the statistics of whole folders.
 OF_MANY_IMAGES = ("fid", "sfid", "fid_dinov2", "inception_score")
 
 
@@ -59,31 +55,23 @@ def metric(name: str) -> Metric | None:
     return Metric(
         label=LABELS.get(name, name),
         load=partial(_scorer, name),
-        version=partial(_version, name),
+        version=_version,
+        files=FILES.get(name, ()),
         needs_reference=settings["metric_mode"] == "FR",
         lower_is_better=settings.get("lower_better", False),
         fetches=True,
     )
 
 
-def _version(name: str, means: Means) -> str:
+def _version(means: Means) -> str:
     import pyiqa
 
-    own = name == "clipiqa" and means.clipiqa_checkpoint
-    return f"pyiqa-{pyiqa.__version__}" + (f"-{file_digest(means.clipiqa_checkpoint)}" if own else "")
+    return f"pyiqa-{pyiqa.__version__}"
 
 
 def _scorer(name: str, means: Means) -> Scorer:
-    given = means.clipiqa_checkpoint if name == "clipiqa" else None
-    try:
-        network = load(name, means.device, means.online, given)
-    except Exception as error:  # hubs, archives and optional packages fail in more ways than can be listed
-        if given and not isinstance(error, ImportError):
-            raise UserError(
-                f"clipiqa_checkpoint={given} does not load as OpenAI's CLIP RN50.pt ({first_line(error)}); "
-                "fetch it again, or leave the option out"
-            ) from error
-        raise Unavailable(why_not_loaded(error, means.online)) from error
+    local = means.local(FILES.get(name, ()))
+    network = loaded(name, local, means.online, partial(load, name, means.device, local))
 
     def score(shown: Shown) -> float:
         pixels = to_tensor(shown.image)
@@ -123,28 +111,17 @@ class Network:
         return torch.as_tensor(result).double().item()
 
 
-def is_online() -> bool:
-    """Whether the hub that has most of the weights answers at all; False where the environment forbids to ask it."""
-    if constants.is_offline_mode():
-        return False
-    try:
-        urllib.request.urlopen(constants.ENDPOINT, timeout=PROBE_TIMEOUT).close()
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
-    return True
+def load(name: str, device: torch.device, local: Sequence[Path] = ()) -> Network:
+    """Build the network on the weights `local`, those of FILES in their order; or on those in caches, or fetched.
 
-
-def load(name: str, device: torch.device, online: bool, checkpoint: Path | None = None) -> Network:
-    """Fetch the weights (or find them in the cache, or for `clipiqa` in `checkpoint`) and build the network.
-
-    Raises whatever the attempt raises, after FETCH_TIMEOUT without an answer, or much sooner if not `online`.
+    Raises whatever the attempt raises.
     """
     import pyiqa
 
-    options = {"backbone": str(checkpoint)} if checkpoint else {}
-    with _quietly(), _patience(online), _no_empty_folders():
+    options: dict[str, str] = {}
+    if local:
+        options = {"pretrained_model_path" if name == "lpips" else "backbone": str(local[0])}
+    with _torch_home(local[1].parents[2] if name == "lpips" and local else None), _no_empty_folders():
         model = pyiqa.create_metric(name, device=device, **options)
     if name == "clipiqa":
         from pyiqa.archs.clip_imports import clip
@@ -155,50 +132,19 @@ def load(name: str, device: torch.device, online: bool, checkpoint: Path | None 
     return Network(name, model.eval().requires_grad_(False), device)
 
 
-def why_not_loaded(error: Exception, online: bool) -> str:
-    """One short sentence."""
-    if isinstance(error, ModuleNotFoundError) and error.name == "pkg_resources":
-        return "openai-clip needs pkg_resources, which setuptools 82 dropped: pip install 'setuptools<82'"
-    if isinstance(error, ImportError):
-        return f"a package is missing ({first_line(error)})"
-    if not online and _is_of_network(error):
-        return "its weights are not in the local cache, and there is no network to fetch them"
-    return f"its weights cannot be loaded ({first_line(error)})"
-
-
-def first_line(error: Exception) -> str:
-    """What the error says first, or its class if it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _is_of_network(error: BaseException | None) -> bool:
-    """Whether it, or what it came from, is a failure to reach another machine."""
-    return error is not None and (
-        isinstance(error, (urllib.error.URLError, ConnectionError, TimeoutError, LocalEntryNotFoundError))
-        or _is_of_network(error.__cause__ or error.__context__)
-    )
-
-
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Neither prints nor warnings; the bar of a download, on stderr, stays."""
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-@contextlib.contextmanager
-def _patience(online: bool) -> Iterator[None]:
-    """An end to waiting for sockets, none of whose users here takes a timeout of its own; and, if not `online`, none of
-    the hub client's retries, which would take most of a minute for each file."""
-    timeout, offline = socket.getdefaulttimeout(), constants.HF_HUB_OFFLINE
-    socket.setdefaulttimeout(FETCH_TIMEOUT if online else PROBE_TIMEOUT)
-    constants.HF_HUB_OFFLINE = offline or not online
+def _torch_home(folder: Path | None) -> Iterator[None]:
+    """Where torch.hub looks for files inside; None: where it always does."""
+    before = os.environ.get("TORCH_HOME")
+    if folder:
+        os.environ["TORCH_HOME"] = str(folder)
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE = offline
-        socket.setdefaulttimeout(timeout)
+        if folder:
+            os.environ.pop("TORCH_HOME")
+        if before is not None:
+            os.environ["TORCH_HOME"] = before
 
 
 @contextlib.contextmanager

@@ -15,13 +15,24 @@ import torch
 from PIL import Image
 
 from h2cache.eval.errors import UserError
-from h2cache.eval.metrics import pyiqa_metrics
+from h2cache.eval.metrics import preference, pyiqa_metrics
 from h2cache.eval.metrics.attributes import ADHERENCE
 from h2cache.eval.metrics.images import PSNR, SSIM
 from h2cache.eval.metrics.metric import Means, Metric, Scorer, Shown, Unavailable
 from h2cache.eval.metrics.reader import WORD_ACCURACY
+from h2cache.eval.metrics.weights import is_online
+from h2cache.eval.models.identity import content_hash
 
-METRICS: dict[str, Metric] = {"psnr": PSNR, "ssim": SSIM, "word_accuracy": WORD_ACCURACY, "attributes": ADHERENCE}
+METRICS: dict[str, Metric] = {
+    "psnr": PSNR,
+    "ssim": SSIM,
+    "word_accuracy": WORD_ACCURACY,
+    "attributes": ADHERENCE,
+    "pickscore": preference.PICKSCORE,
+    "hpsv2": preference.HPSV2,
+    "imagereward": preference.IMAGEREWARD,
+    "clipiqa_published": preference.CLIPIQA_PUBLISHED,
+}
 
 # What an image can be compared with, as `psnr@converged`; without `@`, with the baseline's.
 BASELINE_IMAGE = "baseline"  # that of the model's own scheduler at the experiment's number of steps
@@ -44,6 +55,7 @@ class Kind:
         name: as it is written; `metric` is the part before the `@`.
         label: its name in tables and figures; `short` says nothing of the reference.
         reference: one of REFERENCES; None for a metric of an image by itself.
+        has_zero: whether a change can be told in percent.
         form: a format specification for tables, or "%" for percents.
     """
 
@@ -53,6 +65,7 @@ class Kind:
     short: str
     reference: str | None
     lower_is_better: bool
+    has_zero: bool
     form: str
 
     @property
@@ -70,7 +83,8 @@ def kind(name: str) -> Kind:
     reference = (reference or BASELINE_IMAGE) if found.needs_reference else None
     quantity, comma, unit = found.label.partition(", ")
     to = f" {REFERENCES[reference]}" if reference not in (None, BASELINE_IMAGE) else ""
-    return Kind(name, metric, f"{quantity}{to}{comma}{unit}", quantity, reference, found.lower_is_better, found.form)
+    label, facts = f"{quantity}{to}{comma}{unit}", (found.lower_is_better, found.has_zero, found.form)
+    return Kind(name, metric, label, quantity, reference, *facts)
 
 
 class Metrics:
@@ -79,14 +93,13 @@ class Metrics:
     def __init__(
         self,
         names: Sequence[str],
-        clipiqa_checkpoint: Path | None = None,
+        weights: Path | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        """`clipiqa_checkpoint`: OpenAI's RN50.pt, for machines that cannot fetch it; UserError if it does not load."""
+        """`weights`: a folder for machines that cannot fetch them (docs/metrics.md); UserError if one does not load."""
         self.metrics = {metric: _metric(metric) for metric in dict.fromkeys(kind(name).metric for name in names)}
-        checkpoint = _existing(clipiqa_checkpoint) if clipiqa_checkpoint else None
         fetches = any(metric.fetches for metric in self.metrics.values())
-        self._means = Means(torch.device(device), not fetches or pyiqa_metrics.is_online(), checkpoint)
+        self._means = Means(torch.device(device), not fetches or is_online(), weights)
         self.unavailable: dict[str, str] = {}
         self._scorers: dict[str, Scorer] = {}
         for name, metric in self.metrics.items():
@@ -97,7 +110,9 @@ class Metrics:
 
     def version(self, name: str) -> str:
         """Changes when the scores of this metric may: for the key under which they are kept."""
-        return self.metrics[name].version(self._means)
+        metric = self.metrics[name]
+        contents = (content_hash(path) for path in self._means.local(metric.files))
+        return "-".join([metric.version(self._means), *contents])
 
     def score(
         self, name: str, image: Image.Image, reference: Image.Image | None, prompt: str, word: str | None
@@ -125,10 +140,3 @@ def _metric(name: str) -> Metric:
         near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5) or [*METRICS, *pyiqa_metrics.LABELS]
         raise UserError(f"metrics: {name!r} is no metric of a single image; did you mean {', '.join(near)}?")
     return found
-
-
-def _existing(path: Path) -> Path:
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise UserError(f"clipiqa_checkpoint={path}: no such file; give OpenAI's CLIP RN50.pt, or leave the option out")
-    return path

@@ -22,7 +22,9 @@ GROUP = 32  # weights of a row that share a scale in int4; int8 has one scale a 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a transformer's weights are changed to. UserError where there is no such LoRA, NotInstalled without peft or torchao.
+    """What a transformer's weights are changed to.
+
+    UserError where there is no such LoRA, NotInstalled where peft or torchao is missing.
 
     Fields:
         lora: a file of LoRA weights, seen from where you are or from this repository; None: none.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from h2cache.eval.errors import UserError
 from h2cache.eval.experiments.study import Study, read_study
 from h2cache.eval.generation.backends import PeerCache
 from h2cache.eval.metrics.images import PSNR, psnr
+from h2cache.eval.metrics.metric import Metric, Unavailable
 from h2cache.eval.metrics.registry import METRICS
 from h2cache.eval.models.weights import Weights
 
@@ -296,6 +298,67 @@ def test_scores_are_computed_once_whatever_ends_the_run(command, tmp_path, monke
         pd.testing.assert_frame_equal(measured(tmp_path / "results"), first)
 
 
+def test_a_finished_run_is_scored_again_when_weights_have_come(command, tmp_path, monkeypatch):
+    """No pipeline is loaded; the rest stays; what an interrupted sitting has scored is there in the next."""
+    fields = [*SMALL, "limit=2", "experiments.qualitative.metrics=[psnr,late]"]
+    outputs = "experiments.qualitative.outputs=[{_target_: h2cache.eval.report.tables.SummaryTable}]"
+    calls = []
+
+    def load(means):
+        raise Unavailable("its weights are on their way")
+
+    def late(shown):
+        calls.append(shown.prompt)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return 42.0
+
+    monkeypatch.setitem(METRICS, "late", Metric("late", load))
+    assert "late is n/a: its weights are on their way" in command(*fields, outputs)[2]
+    table = tmp_path / "results/qualitative/summary.md"
+    before, facts = measured(tmp_path / "results"), json.loads((tmp_path / "results/environment.json").read_text())
+    assert "n/a: late" in table.read_text() and before["late"].isna().all()
+
+    def nothing(*_):
+        raise AssertionError("a pipeline is loaded")
+
+    monkeypatch.setattr("h2cache.eval.generation.sweep.load_pipeline", nothing)
+    monkeypatch.setitem(METRICS, "late", Metric("late", lambda means: late))
+    assert command("rescore", "out=results", tiny=False)[0] == 130
+    assert measured(tmp_path / "results").equals(before), "interrupted, nothing is lost"
+    code, stdout, stderr = command("rescore", "out=results", tiny=False)
+    assert (code, stderr) == (0, "") and "8 images; tables" in stdout
+    images = {(row.prompt, (tmp_path / "results" / row.image).read_bytes()) for row in before.itertuples()}
+    assert len(calls) == len(images) + 1, "what was scored before the interruption is not scored again"
+    after = measured(tmp_path / "results")
+    assert (after["late"] == 42).all() and after.drop(columns="late").equals(before.drop(columns="late"))
+    assert "n/a" not in table.read_text() and "42.0000" in table.read_text()
+    now = json.loads((tmp_path / "results/environment.json").read_text())
+    assert now["command"] == facts["command"] and now["time"] == facts["time"] and "rescored" in now
+
+
+def test_a_run_of_an_older_version_is_scored_again(command, tmp_path):
+    """It kept its command and no fields; images that are gone are told of."""
+    command(*SMALL, "limit=1")
+    file = tmp_path / "results/environment.json"
+    facts = json.loads(file.read_text())
+    fields = facts.pop("overrides")
+    facts["command"] = shlex.join(["python", "-m", "eval", *fields])
+    file.write_text(json.dumps(facts))
+    next((tmp_path / "results/records").glob("*.png")).unlink()
+    code, stdout, stderr = command("rescore", "out=results", tiny=False)
+    assert code == 0 and "3 images; tables" in stdout and "1 images are not there" in stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["rescore"], "rescore needs the folder of a run"), (["rescore", "out=nowhere"], "no run has ended there")],
+)
+def test_there_is_nothing_to_score(command, arguments, says):
+    code, stdout, stderr = command(*arguments, tiny=False)
+    assert (code, stdout) == (2, "") and says in stderr
+
+
 def test_a_method_that_fails_is_told_and_missing_and_tried_again(command, tmp_path, monkeypatch):
     apply = h2cache.apply
 
@@ -381,7 +444,7 @@ FIELDS = "experiments.two"
         (["-m", "limit=1,2"], ["multirun", "experiment=["]),
         (["model.height=65"], ["height=65", "multiple of 16"]),
         (["model.path=nowhere"], ["nowhere", "model_index.json"]),
-        (["clipiqa_checkpoint=a.pt"], ["clipiqa_checkpoint=a.pt", "no such file"]),
+        (["metric_weights=a"], ["metric_weights=a", "no such folder"]),
         (["out=/proc/results"], ["/proc/results", "out="]),
         ([f"+{FIELDS}.metrics=[psnr,snr]"], ["'snr'", "psnr"]),
         ([f"+{FIELDS}.seeds=random"], ["two", "seeds", "'random'", "fixed", "per_prompt"]),

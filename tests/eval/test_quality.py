@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from PIL import Image, ImageFilter
 
 from h2cache.eval.errors import UserError
-from h2cache.eval.metrics import pyiqa_metrics
+from h2cache.eval.metrics import pyiqa_metrics, weights
 from h2cache.eval.metrics.images import psnr, ssim
 from h2cache.eval.metrics.pyiqa_metrics import to_tensor
 from h2cache.eval.metrics.reader import WEIGHTS, Reader, WordReader
@@ -117,7 +117,7 @@ def test_pixels_are_rgb_from_0_to_1():
 @pytest.mark.parametrize("scale", [255, -1])
 def test_pixels_of_another_range_are_refused(scale):
     """The paper's code gives 0 to 255 to CLIP-IQA."""
-    network = pyiqa_metrics.load("gmsd", torch.device("cpu"), online=False)
+    network = pyiqa_metrics.load("gmsd", torch.device("cpu"))
     right, wrong = to_tensor(picture()), scale * to_tensor(picture())
     for pixels in ((wrong, right), (right, wrong)):
         with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
@@ -195,7 +195,7 @@ def clip_iqa(model: torch.nn.Module, pixels: torch.Tensor) -> float:
 
 def test_clipiqa_from_a_local_checkpoint_is_clip_iqa(random_clip):
     path, model = random_clip
-    metrics = Metrics(["clipiqa"], clipiqa_checkpoint=path)
+    metrics = Metrics(["clipiqa"], weights=path.parent)
     assert not metrics.unavailable
     scores = {}
     for seed, size in ((0, (96, 64)), (1, (128, 128)), (2, (64, 160))):
@@ -208,14 +208,14 @@ def test_clipiqa_from_a_local_checkpoint_is_clip_iqa(random_clip):
 
 def test_clipiqa_refuses_pixels_of_0_to_255(random_clip):
     path, _ = random_clip
-    network = pyiqa_metrics.load("clipiqa", torch.device("cpu"), online=False, checkpoint=path)
+    network = pyiqa_metrics.load("clipiqa", torch.device("cpu"), [path])
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
         network.score(255 * to_tensor(picture()), None, "")
 
 
 def test_networks_neither_train_nor_draw_from_anyone_s_randomness(random_clip):
     path, _ = random_clip
-    metrics = Metrics(["clipiqa", "gmsd"], clipiqa_checkpoint=path)
+    metrics = Metrics(["clipiqa", "gmsd"], weights=path.parent)
     states = torch.random.get_rng_state(), np.random.get_state()[1].copy()
     first = [metrics.score(name, picture(0), picture(1), PROMPT, None) for name in metrics.metrics]
     assert first == [metrics.score(name, picture(0), picture(1), PROMPT, None) for name in metrics.metrics]
@@ -223,11 +223,9 @@ def test_networks_neither_train_nor_draw_from_anyone_s_randomness(random_clip):
 
 
 def test_a_checkpoint_that_is_none(tmp_path):
-    with pytest.raises(UserError, match=r"clipiqa_checkpoint=.*RN50.pt: no such file"):
-        Metrics(["clipiqa"], clipiqa_checkpoint=tmp_path / "RN50.pt")
     (tmp_path / "RN50.pt").write_bytes(b"<html>404</html>")
-    with pytest.raises(UserError, match=r"clipiqa_checkpoint=.*does not load as OpenAI's CLIP RN50.pt"):
-        Metrics(["clipiqa"], clipiqa_checkpoint=tmp_path / "RN50.pt")
+    with pytest.raises(UserError, match=r"metric_weights=.*: RN50.pt cannot be loaded as the weights of clipiqa"):
+        Metrics(["clipiqa"], weights=tmp_path)
 
 
 def test_versions_tell_scores_apart(random_clip, tmp_path):
@@ -235,7 +233,7 @@ def test_versions_tell_scores_apart(random_clip, tmp_path):
     path, _ = random_clip
     save_random_clip(tmp_path / "RN50.pt", seed=1)
     names = ["psnr", "word_accuracy", "gmsd", "clipiqa"]
-    a, b, c = (Metrics(names, checkpoint) for checkpoint in (path, path, tmp_path / "RN50.pt"))
+    a, b, c = (Metrics(names, folder) for folder in (path.parent, path.parent, tmp_path))
     assert [a.version(name) for name in a.metrics] == [b.version(name) for name in a.metrics]
     assert [name for name in a.metrics if a.version(name) != c.version(name)] == ["clipiqa"]
 
@@ -272,9 +270,9 @@ def test_waiting_for_an_answer_has_an_end(monkeypatch):
         raise TimeoutError("timed out")
 
     monkeypatch.setattr("pyiqa.create_metric", create_metric)
-    monkeypatch.setattr(pyiqa_metrics, "is_online", lambda: True)
+    monkeypatch.setattr("h2cache.eval.metrics.registry.is_online", lambda: True)
     assert Metrics(["lpips"]).unavailable == {"lpips": "its weights cannot be loaded (timed out)"}
-    assert seen == [pyiqa_metrics.FETCH_TIMEOUT] and socket.getdefaulttimeout() is None
+    assert seen == [weights.FETCH_TIMEOUT] and socket.getdefaulttimeout() is None
 
 
 def test_a_hub_that_answers_is_there(monkeypatch):
@@ -285,16 +283,16 @@ def test_a_hub_that_answers_is_there(monkeypatch):
         raise urllib.error.HTTPError(url, 429, "too many requests", None, None)
 
     monkeypatch.setattr("urllib.request.urlopen", answer)
-    assert pyiqa_metrics.is_online()
+    assert weights.is_online()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert not pyiqa_metrics.is_online(), "the environment forbids to ask"
+    assert not weights.is_online(), "the environment forbids to ask"
 
 
 def test_a_missing_package_is_named():
     error = ModuleNotFoundError("No module named 'pkg_resources'", name="pkg_resources")
-    assert "pip install 'setuptools<82'" in pyiqa_metrics.why_not_loaded(error, online=True)
+    assert "pip install 'setuptools<82'" in weights.why_not_loaded(error, online=True)
     error = ModuleNotFoundError("No module named 'piq'", name="piq")
-    assert pyiqa_metrics.why_not_loaded(error, online=True) == "a package is missing (No module named 'piq')"
+    assert weights.why_not_loaded(error, online=True) == "a package is missing (No module named 'piq')"
 
 
 def test_a_metric_that_fails_on_an_image_says_so_and_is_asked_no_more(monkeypatch):

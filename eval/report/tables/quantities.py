@@ -76,7 +76,7 @@ def metric(name: str) -> Quantity:
     """Metrics that judge an image by itself are compared with the baseline's, others already are."""
     found: Kind = kind(name)
     text = _percent if found.form == "%" else (lambda value: f"{value:{found.form}}")
-    comparison = CHANGE if not found.needs_reference and found.form != "%" else None
+    comparison = CHANGE if not found.needs_reference and found.has_zero and found.form != "%" else None
     absent = MEANINGLESS if found.reference == UNCACHED_IMAGE else ABSENT
     return Quantity(name, found.label, _column(name), text, comparison, found.reference == BASELINE_IMAGE, absent)
 
