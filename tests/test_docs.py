@@ -227,6 +227,8 @@ def test_every_command_is_a_valid_one(page):
         if program not in ("run.py", "eval"):
             assert find_spec(program), command
         elif not {"--config-dir", "--help"} & set(arguments) and not re.search(r"=[A-Z]+\b|=\.\.\.|-m \w+\.", command):
+            if arguments[:1] == ["votes"]:
+                continue
             arguments = arguments[1:] if arguments[:1] == ["rescore"] else arguments
             root = "run" if program == "run.py" else "eval"
             overrides = [commandline.as_typed(argument, ("prompt", "out"), False) for argument in arguments]

@@ -1,6 +1,7 @@
 """The experiments: `python -m eval experiment=[table1,frontier] model=flux-mini limit=8 out=results/flux-mini`.
 
-`python -m eval rescore out=results/flux-mini` measures the images of such a run again, and draws none.
+`python -m eval rescore out=results/flux-mini` measures the images of such a run again, and draws none;
+`python -m eval votes FILES` counts what people preferred (eval/cli/votes.py).
 
 This file is the command line: Hydra composes configs/eval.yaml, eval/experiments/harness.py does the
 work. Whatever the user can put right is one sentence on stderr and exit code 2; images that could not be drawn are 1;
@@ -20,11 +21,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from h2cache.eval.cli import arguments as commandline
+from h2cache.eval.cli import votes
 from h2cache.eval.errors import UserError
 from h2cache.eval.files import CONFIGS
 
 PROGRAM = "eval"
-RESCORE = "rescore"  # the command before the fields
+RESCORE, VOTES = "rescore", "votes"  # a word before the fields
 PLAIN_TEXT = ("out", "prompts.path", "metric_weights")  # fields whose value is taken as typed
 
 
@@ -66,6 +68,8 @@ def main(program: str = PROGRAM) -> None:
     """
     commandline.prepare()
     arguments = sys.argv[1:]
+    if arguments[:1] == [VOTES]:
+        return votes.typed(arguments[1:], f"{program} {VOTES}")
     rescores = arguments[:1] == [RESCORE]
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="eval")

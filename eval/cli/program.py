@@ -109,6 +109,16 @@ def rescore(
 
 
 @app.command()
+def votes(
+    files: Annotated[list[Path], typer.Argument(help="What the page's Blind preference exported.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A folder for the table.")] = Path("results"),
+) -> None:
+    """Count blind votes: how often each method was preferred to the baseline."""
+    _needs("eval", "scipy")
+    import_module("h2cache.eval.cli.votes").main(files, out, "h2cache votes")
+
+
+@app.command()
 def tune(
     fields: Fields = None,
     model: Model = "flux-mini",

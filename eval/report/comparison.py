@@ -20,15 +20,18 @@ WORTH_COMPARING = 2  # settings
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the slider of one experiment offers: `prompts` of the experiment's `of`, as plain data for JSON."""
+    """What slider and ballot of one experiment offer: `prompts` of the experiment's `of`, as plain data for JSON."""
 
+    experiment: str
+    model: str
     settings: tuple[str, ...]
     prompts: tuple[dict[str, Any], ...]
     of: int
 
     @property
     def data(self) -> dict[str, Any]:
-        return {"settings": list(self.settings), "prompts": list(self.prompts)}
+        names = {"experiment": self.experiment, "model": self.model}
+        return {**names, "settings": list(self.settings), "prompts": list(self.prompts)}
 
 
 def comparisons(results: Sequence[Results], budget: int) -> tuple[list[Comparison | None], dict[str, str]]:
@@ -47,7 +50,9 @@ def comparisons(results: Sequence[Results], budget: int) -> tuple[list[Compariso
                 kept.append(_entry(prompts[turn], store))
                 full = store.size > budget
     compared = [
-        Comparison(tuple(dict.fromkeys(each.frame["setting"])), tuple(kept), len(prompts)) if kept else None
+        Comparison(each.name, each.model, tuple(dict.fromkeys(each.frame["setting"])), tuple(kept), len(prompts))
+        if kept
+        else None
         for each, kept, prompts in zip(results, chosen, offers, strict=True)
     ]
     return compared, {key: uri for key, uri in store.images.values()}

@@ -91,7 +91,7 @@ def _page(
         }
         for (each, artifacts), comparison in zip(results, compared, strict=True)
     ]
-    style, script = (_asset(name) for name in ("report.css", "report.js"))
+    style, script = _asset("report.css"), _asset("report.js") + _asset("ballot.js").removeprefix('"use strict";\n')
     first = results[0][0]
     facts = {"model": first.model, "machine": first.machine, "command": first.command} | dict(environment)
     loader = jinja2.FileSystemLoader(TEMPLATES)

@@ -283,7 +283,7 @@ def test_the_page_never_scrolls_sideways(opened, width):
 def test_every_entry_of_the_contents_leads_somewhere(opened):
     browser_page = opened()
     targets = [link.get_attribute("href") for link in browser_page.locator("nav a").all()]
-    assert len(targets) == 9  # two experiments, a table, three figures, two comparisons, the environment
+    assert len(targets) == 11  # two experiments, a table, three figures, two comparisons, two ballots, the environment
     assert all(browser_page.locator(f"[id='{target[1:]}']").count() == 1 for target in targets)
 
 
@@ -291,7 +291,10 @@ def test_print_shows_tables_and_figures_and_hides_what_is_pressed(opened):
     browser_page = opened(color_scheme="dark")
     browser_page.emulate_media(media="print")
     assert browser_page.locator("#figure-1-1 img").is_visible() and browser_page.locator("table.sortable").is_visible()
-    assert not browser_page.locator("#comparison-1").is_visible() and not browser_page.locator("nav").is_visible()
+    assert (
+        not browser_page.locator("#comparison-1, #blind-1").first.is_visible()
+        and not browser_page.locator("nav").is_visible()
+    )
     assert browser_page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
 
 

@@ -16,7 +16,7 @@ from h2cache import Plan
 from h2cache.eval.cli import models, program
 
 SMALL = ["model.height=32", "model.width=32", "model.max_sequence_length=40", "model.dtype=float32"]
-COMMANDS = "generate compare bench rescore tune calibrate demo doctor plan".split()
+COMMANDS = "generate compare bench rescore votes tune calibrate demo doctor plan".split()
 
 
 @pytest.fixture
