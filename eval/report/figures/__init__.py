@@ -6,6 +6,7 @@ from h2cache.eval.report.figures.frontier import Frontier
 from h2cache.eval.report.figures.gaussianity import Gaussianity
 from h2cache.eval.report.figures.heatmap import HeatMap
 from h2cache.eval.report.figures.rows import Rows
+from h2cache.eval.report.figures.seeds import SeedScale
 from h2cache.eval.report.figures.separation import Separation
 from h2cache.eval.report.figures.stability import Stability
 from h2cache.eval.report.figures.traces import MetricTrace
@@ -18,6 +19,7 @@ __all__ = [
     "HeatMap",
     "MetricTrace",
     "Rows",
+    "SeedScale",
     "Separation",
     "Stability",
 ]
