@@ -116,7 +116,7 @@ def test_pixels_are_rgb_from_0_to_1():
 
 @pytest.mark.parametrize("scale", [255, -1])
 def test_pixels_of_another_range_are_refused(scale):
-    """The paper's code gives 0 to 255 to CLIP-IQA."""
+    """Such as 0 to 255."""
     network = pyiqa_metrics.load("gmsd", torch.device("cpu"))
     right, wrong = to_tensor(picture()), scale * to_tensor(picture())
     for pixels in ((wrong, right), (right, wrong)):
