@@ -32,6 +32,7 @@ test-thorough: $(VENV)/dev.stamp
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 
 package:
 	bash tools/try_package.sh

@@ -55,7 +55,7 @@ class ClusCaConfig(TaylorSeerConfig):
 
     def _forecast(self) -> Forecast:
         first = self.first_enhance - 1
-        return {"taylor": Taylor(self.order, first), "hermite": Hermite(self.order, self.sigma, first)}[self.forecast]
+        return Taylor(self.order, first) if self.forecast == "taylor" else Hermite(self.order, self.sigma, first)
 
     def compose(self) -> tuple[ModuleStage, ...]:
         clusters = Clusters(self.clusters, self.iterations, self.propagation, self.seed, inputs=self.fresh == "input")

@@ -34,6 +34,7 @@ class HiCacheConfig(TaylorSeerConfig):
 
     def _forecast(self) -> Forecast:
         first = self.first_enhance - 1
-        if self.sigma == "auto":
+        if isinstance(self.sigma, str):
             return BackcastHermite(self.order, first_difference=first)
-        return {"hermite": Hermite, "taylor": ScaledTaylor}[self.basis](self.order, self.sigma, first)
+        basis = Hermite if self.basis == "hermite" else ScaledTaylor
+        return basis(self.order, self.sigma, first)

@@ -71,7 +71,11 @@ class H2CacheConfig(CacheConfig):
         return self.split
 
     def _forecast(self) -> Forecast:
-        forecasts = {"reuse": Taylor(0), "taylor": Taylor(self.order), "hermite": Hermite(self.order, self.sigma)}
+        forecasts: dict[str, Forecast] = {
+            "reuse": Taylor(0),
+            "taylor": Taylor(self.order),
+            "hermite": Hermite(self.order, self.sigma),
+        }
         return forecasts[self.forecast]
 
     def _rule(self, threshold: float) -> Threshold:

@@ -189,6 +189,6 @@ def _replace_earlier(pipe_or_transformer: object) -> None:
         earlier = interception_of(transformer) if isinstance(transformer, nn.Module) else None
         if earlier is not None:
             earlier.owner.replace()
-    plan = getattr(getattr(pipe_or_transformer, "scheduler", None), "watcher", None)
-    if isinstance(plan, Handle) and plan.pipe is pipe_or_transformer:
+    plan: Any = getattr(getattr(pipe_or_transformer, "scheduler", None), "watcher", None)
+    if getattr(plan, "pipe", None) is pipe_or_transformer:
         plan.replace()

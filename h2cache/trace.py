@@ -96,7 +96,8 @@ class Trace:
         """One row per call x sample x stage, with the columns of `Row`."""
         import pandas
 
-        frame = pandas.DataFrame([row._replace(decision=str(row.decision)) for row in self], columns=Row._fields)
+        rows = [row._asdict() | {"decision": str(row.decision)} for row in self]
+        frame = pandas.DataFrame(rows, columns=Row._fields)
         return frame.astype({"diff": float, "threshold": float, "sigma": float})
 
     def summary(self) -> dict[str, Any]:

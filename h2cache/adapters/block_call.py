@@ -8,13 +8,13 @@ cross-attention, is no stream.
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 Streams = tuple[Tensor, ...]  # each (B, tokens, D), hidden_states first
-Rows = Tensor | slice  # samples of a batch
+Rows: TypeAlias = Tensor | slice  # samples of a batch
 
 
 def sample_row(streams: Streams, sample: int) -> Streams:
@@ -121,7 +121,7 @@ class BlockCall:
     def unchanged(self, arguments: dict[str, Any]) -> Any:
         """What the block returns when it is skipped: its input."""
         if not self.returns_tuple:
-            return arguments[self._passed[0]]
+            return arguments[self.interface.streams[0]]
         return tuple([None if name is None else arguments[name] for name in self._passed])
 
     def clone_if_aliased(self, streams: Streams) -> Streams:

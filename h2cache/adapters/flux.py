@@ -25,11 +25,11 @@ class FluxAdapter(Adapter):
         BlockList("single_transformer_blocks", Role.DETAIL, JOINT),
     )
     run_arguments = ("img_ids",)
-    branch_arguments = ("encoder_hidden_states", "pooled_projections")
+    branch_arguments: tuple[str, ...] = ("encoder_hidden_states", "pooled_projections")
     text_argument = "encoder_hidden_states"
     control_arguments = ("controlnet_block_samples", "controlnet_single_block_samples")
     timestep_scale = 1000.0
-    polynomial_family = "FLUX.1"  # nunchaku's subclasses have the same weights, quantized
+    polynomial_family: str | None = "FLUX.1"  # nunchaku's subclasses have the same weights, quantized
 
     def block_call(self, role: Role, block: nn.Module) -> BlockCall:
         # Single blocks take both streams in today's diffusers, and one joined tensor in older and quantized ones.

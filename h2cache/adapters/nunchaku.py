@@ -181,7 +181,7 @@ class NunchakuFluxV1(NunchakuAdapter, FluxAdapter):
             parts = rows[:, text_tokens:], rows[:, :text_tokens], rows
             return Rotary(*(front.pack_rotemb(padded(part)) for part in parts))
 
-        return loop.once(text_tokens, (table,), pack)
+        return Rotary(*loop.once(text_tokens, (table,), pack))
 
 
 def front_of(transformer: nn.Module) -> nn.Module:
@@ -242,7 +242,9 @@ def prompt_tokens(front: nn.Module, given: dict[str, Any]) -> Sequence[Tensor] |
 
 def take_prompt(front: nn.Module, heads: int, given: dict[str, Any]) -> ImagePrompt:
     """What an IP-Adapter adds. Takes the prompt out of the caller's dictionary, as nunchaku does."""
-    tokens = prompt_tokens(front, given)[0].to(dtype=front.dtype, device=front.device)
+    prompt = prompt_tokens(front, given)
+    assert prompt is not None  # `left_to_nunchaku` lets other calls through
+    tokens = prompt[0].to(dtype=front.dtype, device=front.device)
     (given.get("joint_attention_kwargs") or {}).pop("ip_hidden_states", None)
     return ImagePrompt(front.ip_k_projs, front.ip_v_projs, tokens, front.ip_adapter_scale, heads)
 

@@ -140,10 +140,10 @@ def calibrate(
         ValueError: where something is out of range, the pipeline cannot be calibrated, or no plan can promise the
             quality; it says what the slowest can.
     """
-    if (budget is None) == (quality is None):
-        raise ValueError("h2cache.calibrate needs budget= or quality=, one of them")
-    if quality is not None:
+    if quality is not None and budget is None:
         return _promising(pipe, list(prompts), steps, quality, on_progress, settings)
+    if quality is not None or budget is None:
+        raise ValueError("h2cache.calibrate needs budget= or quality=, one of them")
     computed_steps(budget, steps)
     return Calibration(pipe, prompts, steps, **settings).plan(budget, on_progress)
 

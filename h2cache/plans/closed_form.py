@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from ..policy.forecasts import Forecast, advance_terms, extrapolate
+from ..policy.forecasts import Features, Forecast, advance_terms, extrapolate
 
 Weights = Mapping[int, tuple[float, ...]]
 
@@ -31,7 +31,9 @@ def forecast_weights(steps: int, computed: Sequence[int], forecast: Forecast) ->
     Follows the forecast's own arithmetic on unit vectors in the place of outputs.
     """
     units = torch.eye(len(computed), dtype=torch.float64)
-    terms, weights, index = [], {}, -1
+    terms: list[Features] = []
+    weights: dict[int, tuple[float, ...]] = {}
+    index = -1
     for step in range(steps):
         if step in computed:
             index += 1

@@ -16,6 +16,9 @@ class Divided(FlowMatchEulerDiscreteScheduler):
     (docs/plans.md).
     """
 
+    sigmas: Tensor
+    parts: int
+
     @classmethod
     def of(cls, scheduler: FlowMatchEulerDiscreteScheduler, parts: int) -> "Divided":
         """Each step of `scheduler` in so many parts. ValueError for a scheduler whose steps are not Euler's."""

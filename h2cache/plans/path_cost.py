@@ -67,13 +67,13 @@ class PathCosts:
                     following[known, start, end] = reached.min(0)
             last = np.unravel_index(at_end.argmin(), at_end.shape)
             if np.isfinite(at_end[last]):
-                found[count] = self._traced(last, before, count)
+                found[count] = self._traced([int(step) for step in last], before, count)
             before.append(chosen)
             costs = following
         return found
 
     def _traced(self, last: Sequence[int], before: Sequence[np.ndarray], count: int) -> tuple[int, ...]:
-        path = [int(step) for step in last]
+        path = list(last)
         for chosen in reversed(before):
             path.insert(0, int(chosen[path[0], path[1], path[2]]))
         return tuple(path[-count:])

@@ -124,7 +124,9 @@ class Plan:
     @property
     def steps(self) -> int:
         """Of a run."""
-        return self.made_for.steps
+        steps = self.made_for.steps
+        assert steps is not None  # a plan without them is refused
+        return steps
 
     @property
     def history(self) -> int:

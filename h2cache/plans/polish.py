@@ -68,7 +68,8 @@ class Knobs:
         self.computed, self.start, self.history = tuple(computed), dict(weights), history
         self.strides = [runs.sigmas[step + 1] - runs.sigmas[step] for step in range(runs.steps)]
         self.segments = [range(*ends) for ends in pairwise((*self.computed, runs.steps))]
-        self._fixed, self._knobs, self.turned = [], [], []
+        self._knobs: list[Tensor] = []
+        self.turned: list[Tensor] = []
         with torch.no_grad():
             for latents, outputs in self._followed(runs, batch):
                 newest, *older = (each.double().flatten(1) for each in outputs)

@@ -46,7 +46,9 @@ class AtLeast:
     @property
     def level(self) -> float:
         """What the measure is to be."""
-        return self.least if self.psnr is None else self.psnr
+        level = self.least if self.psnr is None else self.psnr
+        assert level is not None  # `__post_init__` has seen to it
+        return level
 
     @property
     def name(self) -> str:

@@ -58,6 +58,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
     this class first.
     """
 
+    base: FlowMatchEulerDiscreteScheduler
     order = 1
     init_noise_sigma = 1.0
 
@@ -118,7 +119,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             TypeError: for the config of a scheduler that a plan cannot follow, and where there is no plan.
         """
-        own = {"plan": None, "allow_transfer": False, "base_class": config.get("_class_name")}
+        own: dict[str, Any] = {"plan": None, "allow_transfer": False, "base_class": config.get("_class_name")}
         own |= {name: value for name, value in {**config, **changes}.items() if name in own}
         settings = {name: value for name, value in config.items() if name not in own and not name.startswith("_")}
         foreign = settings.keys() - inspect.signature(FlowMatchEulerDiscreteScheduler).parameters.keys()
@@ -189,9 +190,10 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: where the caller counts steps that are not in `timesteps`, so that it would start elsewhere.
         """
-        if begin_index and self._counts_steps and len(self.timesteps) < self.num_inference_steps:
+        counted = self.num_inference_steps if self._counts_steps else None
+        if begin_index and counted is not None and len(self.timesteps) < counted:
             raise ValueError(
-                f"this pipeline counts {self.num_inference_steps} steps and starts at step {begin_index}, but a plan "
+                f"this pipeline counts {counted} steps and starts at step {begin_index}, but a plan "
                 f"leaves {len(self.timesteps)} timesteps: pass it sigmas= in the place of num_inference_steps="
             )
         self._begin_index = begin_index

@@ -149,6 +149,7 @@ class ClusterMemory:
         still uses.
         """
         grouping = self.text if is_text else self.image
+        assert grouping is not None  # nothing is forecast before a step is computed
         picked = members(grouping.labels, self.choice.clusters, self.generator)
         fresh = mlp_input.gather(1, picked.unsqueeze(2).expand(-1, -1, mlp_input.shape[2]))
         if not self.choice.inputs:

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-Features = Sequence[Tensor]  # what is forecast together: the two streams of a stage, or the outputs of a module
+Features = tuple[Tensor, ...]  # what is forecast together: the two streams of a stage, or the outputs of a module
 
 
 class Forecast(Protocol):
@@ -139,7 +139,7 @@ def extrapolate(
     """
     if base is None:
         base, terms, coefficients = terms[0], terms[1:], coefficients[1:]
-    total = base
+    total: Sequence[Tensor] = base
     for coefficient, term in zip(coefficients, terms, strict=False):
         if total is not base:
             torch._foreach_add_(total, term, alpha=coefficient)

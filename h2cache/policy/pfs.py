@@ -35,7 +35,8 @@ def summarize(features: Tensor, target: int | None) -> Tensor:
     The (B, tokens, channels) tensor is seen as a one-channel image and average-pooled with a square kernel and equal
     stride s (`strides`), floor mode, which gives (B, tokens // s, channels // s).
     """
-    return pooled(features, strides(*features.shape[1:], target))
+    _, tokens, channels = features.shape
+    return pooled(features, strides(tokens, channels, target))
 
 
 def pooled(features: Tensor, kernel: tuple[int, int]) -> Tensor:
@@ -72,7 +73,7 @@ def observe(
     if fused is not None:
         return fused(after, before, kernel, reference)
     changes = after if before is None else [a - b for a, b in zip(after, before, strict=True)]
-    if apart:
+    if shards is None or apart:
         summary = pooled(changes[0] if len(changes) == 1 else torch.cat(changes, dim=1), kernel)
     else:
         narrow = [pooled(part, (1, kernel[1])) for part in changes]

@@ -47,6 +47,7 @@ class FirstBlockResidual:
     after_first_block = True
 
     def __call__(self, seen: ProbeInput, reference: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        assert seen.after is not None  # since it is `after_first_block`
         count = len(seen.after) if self.with_text else 1
         return observe(seen.after[:count][::-1], seen.before[:count][::-1], self.pool, reference, seen.shards)
 

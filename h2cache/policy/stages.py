@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from .clusters import Clusters
 from .forecasts import Forecast
@@ -29,9 +29,10 @@ class Stage:
     rule: Rule
     forecast: Forecast
 
-    probe = None  # what the rule measures
-    parent = None  # the name of an earlier stage whose skip forces this one
-    keeps_residuals = False  # what is remembered is what the blocks add to the streams
+    probe: ClassVar[Probe | None] = None  # what the rule measures
+    parent: ClassVar[str | None] = None  # the name of an earlier stage whose skip forces this one
+    clusters: ClassVar[Clusters | None] = None  # what keeps the forecasts of the MLPs fresh
+    keeps_residuals: ClassVar[bool] = False  # what is remembered is what the blocks add to the streams
 
     @cached_property
     def runs_first_block(self) -> bool:
@@ -62,8 +63,8 @@ class BlockStage(Stage):
         parent: the name of an earlier stage whose skip forces this one, or None.
     """
 
-    probe: Probe | None = None
-    parent: str | None = None
+    probe: Probe | None = None  # type: ignore[misc]  # a field here, and no other stage has one
+    parent: str | None = None  # type: ignore[misc]
 
     keeps_residuals = True
 
@@ -76,4 +77,4 @@ class ModuleStage(Stage):
     forecasts of the MLPs fresh.
     """
 
-    clusters: Clusters | None = None
+    clusters: Clusters | None = None  # type: ignore[misc]

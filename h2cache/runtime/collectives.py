@@ -61,7 +61,7 @@ def ranks_of(transformer: nn.Module) -> Ranks | None:
     parallel = getattr(transformer, "_parallel_config", None)
     config = getattr(parallel, "context_parallel_config", None)
     mesh = getattr(config, "_flattened_mesh", None)
-    if mesh is None or mesh.size() == 1:
+    if config is None or mesh is None or mesh.size() == 1:
         return None
     return Ranks(mesh.get_group(), config.ulysses_anything or config.ring_anything)
 

@@ -4,16 +4,17 @@ import math
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import chain, islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ..adapters.base import onload
 from ..adapters.block_call import Streams, sample_row
+from ..policy.forecasts import FittedForecast
 from ..policy.pfs import relative_l1
 from ..policy.probes import ProbeInput
-from ..policy.rules import Decision
+from ..policy.rules import Decision, MeasuringRule
 from ..trace import Row
 from .autograd import outside_graph
 from .collectives import Ranks
@@ -35,7 +36,9 @@ def decide(call: Call, slot: BlockSlot, arguments: dict[str, Any], before: Strea
     stage, batch = slot.stage, before[0].size(0)
     step = StageStep(stage, call.context.stage(stage.name, batch), stage_input=after or before)
     decide_without_measuring(call, step)
-    probes, compared, numbers = {}, {}, {}
+    probes: dict[int, Tensor] = {}
+    compared: Measured = {}
+    numbers: dict[int, float | None] = {}
     if stage.probe is not None:
         probes, deviations = look(call, slot, step, arguments, before, after)
         if deviations:
@@ -55,11 +58,12 @@ def decide(call: Call, slot: BlockSlot, arguments: dict[str, Any], before: Strea
 
 def decide_without_measuring(call: Call, step: StageStep) -> None:
     """The decision about each sample, None where it takes a comparison."""
-    stage, parent = step.stage, call.steps.get(step.stage.parent)
+    stage = step.stage
+    parent = None if stage.parent is None else call.steps.get(stage.parent)
     step.decisions = []
     for sample, memory in enumerate(step.memories):
         call.guard.check([memory])
-        parent_skipped = parent is not None and parent.decisions[sample].skips
+        parent_skipped = parent is not None and parent.made(sample).skips
         decision = stage.rule.without_measuring(memory, call.context.step, parent_skipped)
         if decision is not None and decision.skips and not call.context.has_stand_in(stage, memory, call.guard):
             decision = Decision.COMPUTE
@@ -78,6 +82,8 @@ def look(
 
     Where ranks share the tokens, the deviations are sums over the rank's part of the probe.
     """
+    probe = slot.stage.probe
+    assert probe is not None
     probes, deviations = {}, {}
     for sample, (memory, decision) in enumerate(zip(step.memories, step.decisions, strict=True)):
         if decision is Decision.FORCED:
@@ -88,7 +94,7 @@ def look(
             partial(modulated, call, slot, arguments, sample, before[0].size(0)),
             call.ranks,
         )
-        probes[sample], deviation = slot.stage.probe(seen, memory.reference if decision is None else None)
+        probes[sample], deviation = probe(seen, memory.reference if decision is None else None)
         call.guard.check([memory])  # for a probe that is made in the same place at every step
         if decision is None:
             deviations[sample] = deviation if call.ranks is None else deviation * probes[sample].numel()
@@ -142,11 +148,12 @@ def summed(parts: list[Tensor], shared: list[Tensor], ranks: Ranks | None) -> It
 
 def measure(call: Call, step: StageStep, undecided: Iterable[int], compared: Measured) -> dict[int, float | None]:
     """Decide about the samples `undecided`. Returns what was compared with the threshold, for the trace."""
+    rule = cast(MeasuringRule, step.stage.rule)
     together = list(compared.values()) if call.layout.config.decides_together else None
     numbers = {}
     for sample in undecided:
         difference = relative_l1(together or [compared[sample]]) if sample in compared else None
-        decided = step.stage.rule.measured(step.memories[sample], difference, call.is_last_step)
+        decided = rule.measured(step.memories[sample], difference, call.is_last_step)
         step.decisions[sample], numbers[sample] = decided
     return numbers
 
@@ -154,24 +161,25 @@ def measure(call: Call, step: StageStep, undecided: Iterable[int], compared: Mea
 def fit(step: StageStep, ranks: Ranks | None) -> None:
     """Let the forecasts that are about to be made learn from the last computed step, in one read."""
     learners = [
-        memory
-        for memory, decision in zip(step.memories, step.decisions, strict=True)
-        if decision.skips and memory.products is not None
+        (memory, *memory.products)
+        for sample, memory in enumerate(step.memories)
+        if step.made(sample).skips and memory.products is not None
     ]
     if not learners:
         return
-    values = summed([memory.products[0].flatten() for memory in learners], [], ranks)
-    for memory in learners:
-        products, elapsed = memory.products
+    forecast = cast(FittedForecast, step.stage.forecast)
+    values = summed([products.flatten() for _, products, _ in learners], [], ranks)
+    for memory, products, elapsed in learners:
         rows = [list(islice(values, len(products))) for _ in range(len(products))]
-        memory.fitted = step.stage.forecast.fitted(rows, elapsed)
+        memory.fitted = forecast.fitted(rows, elapsed)
         memory.products = None
 
 
 def record(call: Call, step: StageStep, numbers: dict[int, float | None]) -> None:
     """One row of the trace for each sample."""
     stage, rows = step.stage, call.trace.rows_of(call.run.number)
-    for sample, decision in enumerate(step.decisions):
+    for sample in range(len(step.decisions)):
+        decision = step.made(sample)
         rows.append(
             Row(
                 run=call.run.number,

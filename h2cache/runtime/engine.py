@@ -194,7 +194,7 @@ class Engine:
         """One call of a block: what its stage does with it; unchanged where the method has nothing to do with it."""
         call = self._call_in_progress()
         slot = call.layout.slots.get(block) if call else None
-        if slot is None:
+        if call is None or slot is None:
             return original_forward(*args, **kwargs)
         arguments = slot.call.bind(args, kwargs) if args else kwargs
         if slot.stage.keeps_residuals:
@@ -205,7 +205,7 @@ class Engine:
         """One call of a module inside a block."""
         call = self._active.call
         slot = call.layout.modules.get(module) if call else None
-        if slot is None:
+        if call is None or slot is None:
             return original_forward(*args, **kwargs)
         return answer(call, slot, original_forward, args, kwargs)
 

@@ -18,7 +18,7 @@ SLOT = "_compiled_call_impl"
 class Interception:
     """Routes the calls of `module` through `handler(proceed, args, kwargs)`; `proceed` is the original call."""
 
-    def __init__(self, module: torch.nn.Module, handler: Callable[..., Any], owner: object):
+    def __init__(self, module: torch.nn.Module, handler: Callable[..., Any], owner: Any):
         self.module = module
         self.handler = handler
         self.owner = owner

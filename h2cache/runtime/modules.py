@@ -88,7 +88,9 @@ def forecast(
     memory = call.context.modules[slot.key]
     terms = memory.terms
     if slot.refreshed:
-        call.context.clusters.refresh(terms[0][0], slot.is_text, original_forward, given)
+        clusters = call.context.clusters
+        assert clusters is not None  # nothing is forecast before a step is computed
+        clusters.refresh(terms[0][0], slot.is_text, original_forward, given)
         memory.seal()
     coefficients = [step.coefficients(call.context.step, sample) for sample in range(len(step.memories))]
     if all(row == coefficients[0] for row in coefficients):
@@ -106,5 +108,6 @@ def forecast(
 def recluster(call: Call, step: StageStep, streams: Streams) -> None:
     """Cluster the tokens of a computed step anew."""
     if call.context.clusters is None:
+        assert step.stage.clusters is not None
         call.context.clusters = ClusterMemory(step.stage.clusters)
     call.context.clusters.recluster(streams)

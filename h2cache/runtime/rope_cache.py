@@ -31,7 +31,7 @@ def answer_once(
     and with these constants. `active.call` is the call of the model that it is part of, if there is one."""
     call = active.call
     ids = () if call is None else call.model_call.position_ids
-    if not ids or any(each is None for each in ids) or not is_bare(module):
+    if call is None or not ids or any(each is None for each in ids) or not is_bare(module):
         return original_forward(*args, **kwargs)
 
     def make() -> tuple[Tensor, ...]:

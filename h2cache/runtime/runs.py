@@ -161,8 +161,11 @@ class Runs:
 
     def _of_same_input(self, call: ModelCall) -> Run | None:
         """The run of this thread's last call, if that had the same input: this one is another branch of guidance."""
-        last_input, last_run = getattr(self._thread, "last", (None, None))
-        run = last_run() if last_input is not None and last_input() is call.hidden_states else None
+        last = getattr(self._thread, "last", None)
+        if last is None:
+            return None
+        last_input, last_run = last
+        run = last_run() if last_input() is call.hidden_states else None
         if run is not None:
             self._name(run, call)
         return run

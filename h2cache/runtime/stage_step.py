@@ -45,6 +45,12 @@ class StageStep:
         self.added = [None] * len(self.stage_input)
         self._input = self._returned = Watched.of(self.stage_input)
 
+    def made(self, sample: int) -> Decision:
+        """The decision about a sample, once it is made."""
+        decision = self.decisions[sample]
+        assert decision is not None
+        return decision
+
     def settle(self, probes: dict[int, Tensor], compared: dict[int, tuple[float, float]]) -> None:
         """Follow the decisions: count the skips, and let the probe of every computed sample become its reference.
 
@@ -53,8 +59,8 @@ class StageStep:
             compared: `(mean|reference - probe|, mean|reference|)` of the samples that were compared. Their references
                 are finite, so the first number says whether the probe is. One that is not is never remembered.
         """
-        for sample, (memory, decision) in enumerate(zip(self.memories, self.decisions, strict=True)):
-            if decision.skips:
+        for sample, memory in enumerate(self.memories):
+            if self.made(sample).skips:
                 memory.consecutive_hits += 1
                 if self.stage.rule.reference_every_step:
                     memory.reference = probes.get(sample)
@@ -148,9 +154,9 @@ class StageStep:
             into: tensors that the result is written into, if they are given.
         """
         rows = []
-        for sample, (memory, decision) in enumerate(zip(self.memories, self.decisions, strict=True)):
+        for sample, memory in enumerate(self.memories):
             row, place = sample_row(end, sample), None if into is None else sample_row(into, sample)
-            if decision.skips:
+            if self.made(sample).skips:
                 row = extrapolate(memory.terms, self.coefficients(step, sample), base=row, into=place)
             elif place is not None:
                 for part, computed in zip(place, row, strict=True):

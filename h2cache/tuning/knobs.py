@@ -40,24 +40,24 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class Every:
-    """A whole number of steps from one computed step to the next."""
+    """A whole number of steps from one computed step to the next: its positions are integers."""
 
     fields: tuple[str, ...]
-    most = 10**9
+    most: float = 10**9
 
-    def start(self, method: CacheConfig) -> int:
+    def start(self, method: CacheConfig) -> float:
         return max(2, getattr(method, self.fields[0]))
 
-    def setting(self, position: int) -> dict[str, Any]:
+    def setting(self, position: float) -> dict[str, Any]:
         return {self.fields[0]: position}
 
-    def smaller(self, position: int) -> int | None:
+    def smaller(self, position: float) -> float | None:
         return position // 2 or None
 
-    def larger(self, position: int) -> int:
+    def larger(self, position: float) -> float:
         return position * 2
 
-    def between(self, low: int, high: int) -> int | None:
+    def between(self, low: float, high: float) -> float | None:
         return (low + high) // 2 if high - low > 1 else None
 
 

@@ -103,7 +103,7 @@ def tune(
 
 
 def _searches(
-    method: CacheConfig, knobs: Sequence[Knob | None], over: dict[str, Sequence[Any]]
+    method: CacheConfig, knobs: Sequence[Knob], over: dict[str, Sequence[Any]]
 ) -> Iterator[tuple[CacheConfig, Knob | None]]:
     """Where to start, and the knob to follow from there: None where `over` leaves nothing to follow."""
     turned = {name for knob in knobs for name in knob.fields}
@@ -113,11 +113,10 @@ def _searches(
         )
     if turned & over.keys() and not turned <= over.keys():
         raise ValueError(f"over gives values for some of {', '.join(sorted(turned))}: give all of them or none")
-    if turned <= over.keys():
-        knobs = [None]
+    followed: Sequence[Knob | None] = [None] if turned <= over.keys() else knobs
     for values in itertools.product(*over.values()):
         start = method.updated(**dict(zip(over, values, strict=True)))
-        yield from ((start, knob) for knob in knobs)
+        yield from ((start, knob) for knob in followed)
 
 
 def _follow(
@@ -130,21 +129,20 @@ def _follow(
 
     if not beyond(knob.most):
         return
-    low = high = None
-    position = knob.start(start)
+    low: float | None = None
+    high: float | None = None
+    position: float | None = knob.start(start)
     for _ in range(trials):
+        if position is None:
+            return
         if beyond(position):
             high = position
         else:
             low = position
-        if low is None:
-            position = knob.smaller(high)
-        elif high is None:
-            position = knob.larger(low)
-        else:
+        if low is not None and high is not None:
             position = knob.between(low, high)
-        if position is None:
-            return
+        else:
+            position = knob.smaller(position) if low is None else knob.larger(position)
 
 
 class _Bench:
