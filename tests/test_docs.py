@@ -199,6 +199,7 @@ def test_the_code_of_a_page_runs(page, folder, small, nothing_stays, flux_mini, 
                 do(command, monkeypatch)
 
 
+@pytest.mark.thorough
 def test_the_notebook_runs(folder, monkeypatch):
     """As it is, in the folder of a clone; it stores no output, and leaves the pipeline as it was."""
     monkeypatch.setenv("MPLBACKEND", "Agg")

@@ -1,6 +1,5 @@
 """What the programs share that Hydra configures: the words for its errors, and text taken as typed."""
 
-import logging
 import os
 import re
 import sys
@@ -18,10 +17,9 @@ def prepare() -> None:
     """Set what every program wants before it starts.
 
     Hydra raises instead of printing and ending the process. A terminal without Unicode gets question marks instead of a
-    traceback. bitsandbytes, which diffusers imports where it is installed, does not warn of kernels nobody asked for.
+    traceback.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
 

@@ -33,7 +33,7 @@ from h2cache.eval.metrics.registry import METRICS
 from h2cache.eval.models.weights import Weights
 
 OF_PICTURES = {"superresolution"}  # what needs a model that is given pictures, and is not done unasked
-ASKED_FOR = OF_PICTURES | {"promise", "seeds"}  # 344 images of the baseline; four images of every prompt
+ASKED_FOR = OF_PICTURES | {"combine", "promise", "seeds"}  # 344 images of the baseline; four images of every prompt
 SHIPPED = sorted({path.stem for path in (REPOSITORY / "configs/experiment").iterdir()} - ASKED_FOR)
 CALL = {"height": 32, "width": 32, "num_inference_steps": 4, "max_sequence_length": 24}
 # A small experiment: the settings of one, without outputs that are tested elsewhere.

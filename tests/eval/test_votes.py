@@ -80,6 +80,7 @@ def exported(browser_page, tmp_path) -> dict:
 
 
 def result(blind) -> dict[str, list[str]]:
+    expect(blind.locator(".state")).to_contain_text(" of ")  # told once the ballot has closed
     rows = [each.locator("td").all_text_contents() for each in blind.locator(".result tr").all()]
     return {name: others for name, *others in rows[1:]}
 
@@ -103,7 +104,8 @@ def test_twenty_votes_by_keys_undo_export_and_a_result(opened, tmp_path):
             again = tuple(ballot.locator(f"img.{side}").get_attribute("src") for side in ("first", "second"))
             assert again == shown
             browser_page.keyboard.press("0")
-    assert len(sources) == 20 and not ballot.is_visible()
+    expect(ballot).not_to_be_visible()
+    assert len(sources) == 20
     told = exported(browser_page, tmp_path)
     assert (told["format"], told["experiment"], told["voter"], len(told["votes"])) == (FORMAT, "table1", "Ann", 20)
     assert told["votes"][4]["preferred"] is None, "the second vote on the pair counts"
@@ -114,7 +116,7 @@ def test_twenty_votes_by_keys_undo_export_and_a_result(opened, tmp_path):
     sheet, data = table(read_votes([told["file"]]))
     assert result(blind) == {name: list(others) for name, *others in sheet.rows}, "the page counts as we do"
     assert set(data["setting"]) == set(METHODS)
-    assert "20 votes of 1 voter." in blind.locator(".state").text_content()
+    expect(blind.locator(".state")).to_contain_text("20 votes of 1 voter.")
 
 
 def test_pairs_come_in_another_order_each_time_and_every_method_has_its_share(opened):
@@ -151,7 +153,7 @@ def test_an_imported_file_goes_on_and_other_voters_count_beside(opened, tmp_path
     assert blind.locator(".progress").text_content() == "4 of 20", "hers go on"
     for _ in range(17):
         browser_page.keyboard.press("2")
-    assert blind.locator(".state").text_content() == "23 votes of 2 voters."
+    expect(blind.locator(".state")).to_have_text("23 votes of 2 voters.")
     assert sum(sum(map(int, counts[:3])) for counts in result(blind).values()) == 23
 
 
