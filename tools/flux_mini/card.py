@@ -3,6 +3,7 @@ anew."""
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -89,9 +90,10 @@ def read_log(path: Path) -> list[dict[str, float]]:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
-def draw_curves(work: Path, target: Path) -> None:
-    figure, axes = plt.subplots(1, len(CURVES), figsize=(12, 2.8), layout="constrained")
-    for axis, (name, column, label) in zip(axes, CURVES, strict=True):
+def draw_curves(work: Path, target: Path, curves: Sequence[tuple[str, str, str]] = CURVES) -> None:
+    """A panel for each (log in `work`, column, title)."""
+    figure, axes = plt.subplots(1, len(curves), figsize=(12, 2.8), layout="constrained")
+    for axis, (name, column, label) in zip(axes, curves, strict=True):
         rows = read_log(work / name)
         axis.plot([row["step"] for row in rows], [row[column] for row in rows], color="#0072b2")
         axis.set(xlabel="step", title=label)

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
 
 from . import vae as autoencoder
 from .transformer import SHIFT, TOKENS, load
@@ -35,12 +35,12 @@ def build_pipeline(work: Path, checkpoint: str) -> FluxPipeline:
     )
 
 
-def export(work: Path, checkpoint: str, folder: Path) -> None:
-    """Write the pipeline beside `folder` and move it into place; what else lies in `folder` (the model card) is
-    kept."""
+def write_pipeline(pipe: DiffusionPipeline, folder: Path) -> None:
+    """Write the pipeline in float16 beside `folder` and move it into place; what else lies in `folder` (the model card)
+    is kept."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    build_pipeline(work, checkpoint).to(torch.float16).save_pretrained(partial)
+    pipe.to(torch.float16).save_pretrained(partial)
     for encoder in ("text_encoder", "text_encoder_2"):
         # transformers would load them in the dtype they were saved in, diffusers loads everything else in float32.
         config = partial / encoder / "config.json"
@@ -52,6 +52,11 @@ def export(work: Path, checkpoint: str, folder: Path) -> None:
             shutil.rmtree(target)
         item.replace(target)
     partial.rmdir()
+
+
+def export(work: Path, checkpoint: str, folder: Path) -> None:
+    """Write the pipeline of a checkpoint in `work` to `folder`."""
+    write_pipeline(build_pipeline(work, checkpoint), folder)
 
 
 def main() -> None:

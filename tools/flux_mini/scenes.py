@@ -152,15 +152,15 @@ def caption(scene: Scene, rng: random.Random, phrasings: Sequence[str] = PHRASIN
     manner = {"straight": " in a straight line", "arched": " in an arch"}[scene.layout]
     told = rng.random() < 0.7 or scene.layout == "arched"
     return rng.choice(phrasings).format(
-        sign=_with_article(f"{scene.shape_colour} {scene.shape}"),
+        sign=with_article(f"{scene.shape_colour} {scene.shape}"),
         word=scene.word,
         letters=f"{scene.text_colour} {scene.font} letters",
         manner=manner if told else "",
-        wall=_with_article(wall),
+        wall=with_article(wall),
     )
 
 
-def _with_article(thing: str) -> str:
+def with_article(thing: str) -> str:
     return ("an " if thing[0] in "aeiou" else "a ") + thing
 
 

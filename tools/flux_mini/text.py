@@ -8,6 +8,7 @@ import json
 import random
 import re
 import string
+from collections.abc import Sequence
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
@@ -35,8 +36,8 @@ def build_t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=T5_LENGTH)
 
 
-def build_clip_tokenizer() -> CLIPTokenizer:
-    """CLIP's lower-casing byte-pair encoding, its merges learned from the captions."""
+def build_clip_tokenizer(captions: Sequence[str], length: int) -> CLIPTokenizer:
+    """CLIP's lower-casing byte-pair encoding, its merges learned from the captions, for prompts of `length` tokens."""
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.BpeTrainer(
@@ -47,7 +48,7 @@ def build_clip_tokenizer() -> CLIPTokenizer:
         special_tokens=["<|startoftext|>", "<|endoftext|>"],
         show_progress=False,
     )
-    pieces = [" ".join(re.findall(r"[a-z]+|[^\sa-z]+", text.lower())) for text in corpus()]
+    pieces = [" ".join(re.findall(r"[a-z]+|[^\sa-z]+", text.lower())) for text in captions]
     tokenizer.train_from_iterator(pieces, trainer)
     vocabulary = tokenizer.get_vocab()
     # CLIP closes every word with </w>. The trainer numbers the closed characters as its hash table has them, another
@@ -58,7 +59,7 @@ def build_clip_tokenizer() -> CLIPTokenizer:
     for token in closed:
         vocabulary.setdefault(token, len(vocabulary))
     merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CLIP_LENGTH)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)
 
 
 def build_t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
@@ -87,7 +88,7 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPTextModel:
             projection_dim=WIDTH,
             num_hidden_layers=2,
             num_attention_heads=4,
-            max_position_embeddings=CLIP_LENGTH,
+            max_position_embeddings=tokenizer.model_max_length,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,

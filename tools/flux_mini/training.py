@@ -4,8 +4,10 @@ import argparse
 import csv
 import math
 import os
+import subprocess
+import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +19,32 @@ def atomic_save(state: object, path: Path) -> None:
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
     os.replace(partial, path)
+
+
+def recipe_options(description: str, folder: str) -> argparse.Namespace:
+    """The command line of a whole recipe; what it makes goes to `folder` unless the user says otherwise."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints and logs")
+    parser.add_argument("--folder", type=Path, default=Path(folder))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="of the training stages: cpu or cuda")
+    return parser.parse_args()
+
+
+def run_stages(
+    package: str, stages: Sequence[tuple[str, Mapping[str, int | float]]], options: argparse.Namespace
+) -> None:
+    """Run each stage of a recipe, a module of `package`, in a process of its own; CalledProcessError if one fails.
+
+    Args:
+        package: where the stages are, such as "tools.flux_mini".
+        stages: name and settings of each, in order.
+        options: what `recipe_options` gave.
+    """
+    for stage, settings in stages:
+        arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+        command = [sys.executable, "-m", f"{package}.{stage}", "--work", str(options.work), *arguments]
+        subprocess.run([*command, "--threads", str(options.threads), "--device", str(options.device)], check=True)
 
 
 def stage_options(description: str, *, steps: int, batch: int, learning_rate: float) -> argparse.Namespace:
