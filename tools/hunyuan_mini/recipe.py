@@ -1,0 +1,9 @@
+"""What made the shipped asset: every stage with its settings, in order."""
+
+STAGES: tuple[tuple[str, dict[str, int | float]], ...] = (
+    ("vae", {"steps": 1500, "batch": 12}),
+    ("latents", {"count": 12_288}),
+    ("transformer", {"steps": 5000, "batch": 48}),
+    ("distill", {"steps": 400, "batch": 32}),
+)
+COMMAND = "python -m tools.hunyuan_mini --work build/hunyuan-mini"
