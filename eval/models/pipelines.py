@@ -203,6 +203,29 @@ class DiffusersModelConfig(ModelConfig):
         return pipe
 
 
+@dataclass(frozen=True)
+class HunyuanVideoConfig(DiffusersModelConfig):
+    """HunyuanVideo with a template of its own around the prompt; configs/model/hunyuan-mini.yaml explains the field."""
+
+    call_fields: ClassVar[tuple[str, ...]] = (*DiffusersModelConfig.call_fields, "prompt_template")
+
+    prompt_template: Mapping[str, Any] | None = None
+
+    def _check_call(self) -> None:
+        super()._check_call()
+        template = self.prompt_template
+        allowed = template is None or (
+            isinstance(template, Mapping)
+            and set(template) == {"template", "crop_start"}
+            and isinstance(template["template"], str)
+            and "{}" in template["template"]
+            and _is_int(template["crop_start"])
+            and template["crop_start"] >= 0
+        )
+        needed = "a text `template` with {} where the prompt goes, and `crop_start`, a whole number from 0; or null"
+        require(allowed, "prompt_template", template, needed)
+
+
 def find_folder(path: str, holding: str) -> Path | None:
     """The folder of this name with a file `holding` in it, seen from where you are or else from this repository."""
     found = find_file(Path(path) / holding)
