@@ -213,3 +213,13 @@ def test_psnr_of_frames_is_that_of_the_formula():
     off = pixels.clone()
     off[:, :, 1] += 0.2
     torch.testing.assert_close(vae.decibels(off, pixels)[0, 1], torch.tensor(20.0))
+
+
+def test_the_shape_weighs_more_where_it_is():
+    """And two pixels around it, and where it was in the frame before and will be in the next."""
+    pixels = torch.zeros(1, 3, 3, 11, 11)
+    pixels[:, :, 1, 5, 5] = 1.0
+    weights = vae.shape_weights(pixels)
+    expected = torch.ones(1, 1, 3, 11, 11)
+    expected[:, :, :, 3:8, 3:8] = vae.SHAPE_WEIGHT
+    assert torch.equal(weights, expected)

@@ -36,7 +36,7 @@ class Pool:
 
 
 @torch.no_grad()
-def encode(work: Path, count: int, seed: int, device: torch.device, batch: int = 16) -> None:
+def encode(work: Path, count: int, seed: int, device: torch.device, batch: int = 2) -> None:
     vae = autoencoder.load(work).to(device)
     chunks = []
     for start in range(0, count, batch):
@@ -44,7 +44,7 @@ def encode(work: Path, count: int, seed: int, device: torch.device, batch: int =
         pixels = autoencoder.to_pixels([draw(clip) for clip in clips]).to(device)
         with torch.autocast(device.type, torch.bfloat16):
             chunks.append(vae.encode(pixels).latent_dist.mean.float().cpu())
-        if start // batch % 50 == 0:
+        if start // batch % 200 == 0:
             print(f"{start} of {count} clips", flush=True)
     latents = torch.cat(chunks)
     scale = 1 / latents.std().item()
@@ -58,7 +58,7 @@ def encode(work: Path, count: int, seed: int, device: torch.device, batch: int =
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=16_384)
+    parser.add_argument("--count", type=int, default=6144)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))

@@ -1,8 +1,8 @@
 """What made the shipped asset: every stage with its settings, in order."""
 
 STAGES: tuple[tuple[str, dict[str, int | float]], ...] = (
-    ("vae", {"steps": 1500, "batch": 12}),
-    ("latents", {"count": 12_288}),
+    ("vae", {"steps": 2600, "batch": 12}),
+    ("latents", {"count": 6144}),
     ("transformer", {"steps": 5000, "batch": 48}),
     ("distill", {"steps": 400, "batch": 32}),
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLHunyuanVideo
 
 from h2cache.eval.metrics.motions import FRAMES, SIZE
@@ -21,6 +22,8 @@ CROP = 32
 CROP_FRAMES = 9
 WHOLE_EVERY = 8  # steps
 WHOLE_SHARE = 6  # crops of a batch that cost about as much as one whole video
+SHAPE_WEIGHT = 4.0  # of the pixels of the shape and close by, over that of the others
+SHAPE_MARGIN = 2  # pixels around the shape
 DIFFERENCE_WEIGHT = 0.5  # of each axis' differences: edges, and motion
 KL_WEIGHT = 3e-4
 LOGVAR = -6.0
@@ -103,14 +106,29 @@ def examples(seed: int, step: int, batch: int) -> torch.Tensor:
     return to_pixels([crop(random_clip(rng), rng) for _ in range(batch)])
 
 
+def shape_weights(pixels: torch.Tensor) -> torch.Tensor:
+    """(B, 1, T, H, W): `SHAPE_WEIGHT` where the shape is in a frame, or was in the one before or after, else 1.
+
+    The shape is what differs from the video's most frequent colour.
+    """
+    ground = pixels.flatten(2).median(dim=2).values[:, :, None, None, None]
+    shape = ((pixels - ground).abs().amax(dim=1, keepdim=True) > 0.1).float()
+    near = F.max_pool3d(shape, (3, 2 * SHAPE_MARGIN + 1, 2 * SHAPE_MARGIN + 1), 1, (1, SHAPE_MARGIN, SHAPE_MARGIN))
+    return 1 + (SHAPE_WEIGHT - 1) * near
+
+
 def loss_terms(vae: AutoencoderKLHunyuanVideo, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """L1 and squared error, L1 of the differences along time, rows and columns, and KL in nats per latent element."""
+    """Weighted L1 and squared error, weighted L1 of the differences along time, rows and columns, and KL in nats per
+    latent element."""
     posterior = vae.encode(pixels).latent_dist
+    weights = shape_weights(pixels)
     error = vae.decode(posterior.sample()).sample.float() - pixels
-    differences = sum(error.diff(dim=axis).abs().mean() for axis in (2, 3, 4))
+    differences = sum(
+        (weights.narrow(axis, 1, weights.shape[axis] - 1) * error.diff(dim=axis).abs()).mean() for axis in (2, 3, 4)
+    )
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    return error.abs().mean() + error.square().mean(), differences, kl
+    return (weights * (error.abs() + error.square())).mean(), differences, kl
 
 
 def validation_pixels(seed: int) -> torch.Tensor:
@@ -160,7 +178,7 @@ def load(work: Path) -> AutoencoderKLHunyuanVideo:
 
 
 def main() -> None:
-    options = stage_options(__doc__, steps=2500, batch=12, learning_rate=1e-3)
+    options = stage_options(__doc__, steps=2600, batch=12, learning_rate=2e-3)
     train(options.work, options.steps, options.batch, options.learning_rate, options.seed, options.device)
 
 
