@@ -75,8 +75,6 @@ def read_study(cfg: DictConfig, model_name: str, method: Callable[[str], DictCon
     except OmegaConfBaseException as error:
         raise UserError(why_unresolved(error)) from error
     model, launcher = _made(cfg, "model"), _made(cfg, "launcher")
-    if model.makes_videos:
-        raise UserError(f"model={model_name} makes videos, and the experiments measure images: use run.py compare=true")
     experiments = read_experiments(cfg, method)
     prompts = {each: each.load() for each in dict.fromkeys(experiment.prompts for experiment in experiments)}
     for picture in {prompt.picture for loaded in prompts.values() for prompt in loaded}:
@@ -88,8 +86,15 @@ def read_study(cfg: DictConfig, model_name: str, method: Callable[[str], DictCon
         )
     out = Path(str(cfg.out)).expanduser()
     study = Study(model, model_name, launcher, experiments, prompts, cfg.limit, out, weights)
-    for name in study.metrics:
-        quality.kind(name)  # UserError for a name that is no metric
+    for experiment in experiments:
+        for name in experiment.metrics:
+            found = quality.kind(name)  # UserError for a name that is no metric
+            if not (found.of_videos if model.makes_videos else found.of_images):
+                made, other = ("videos", "images") if model.makes_videos else ("images", "videos")
+                raise UserError(
+                    f"model={model_name} makes {made}, and experiment={experiment.name} measures {other} ({name}): "
+                    f"choose {'experiment=[video]' if model.makes_videos else 'another experiment'}"
+                )
     return study
 
 

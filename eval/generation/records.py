@@ -26,6 +26,7 @@ from h2cache.eval.errors import UserError
 from h2cache.eval.files import atomic_files
 from h2cache.eval.generation.backends import Method
 from h2cache.eval.generation.prompts import Prompt
+from h2cache.eval.generation.videos import notes_of
 from h2cache.eval.models.weights import Weights
 
 FORMAT = 1  # of the records; a change of what is drawn or stored raises it, so that older ones are not read
@@ -72,6 +73,7 @@ class Drawn:
     """What drawing a cell gave.
 
     Fields:
+        image: of a video its filmstrip (`h2cache.eval.generation.videos`).
         peak_memory_bytes: None off the GPU.
         trace: None where none of our methods was at work; `computed_fraction` is of its blocks.
         multiply_adds, calls: of the denoiser (`h2cache.eval.generation.work`).
@@ -300,7 +302,8 @@ def _measured(drawn: Drawn) -> dict[str, Any]:
 
 def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1)  # a third larger than by default, in a tenth of the time
+    # A third larger than by default, in a tenth of the time.
+    image.save(buffer, "PNG", compress_level=1, pnginfo=notes_of(image))
     return buffer.getvalue()
 
 

@@ -16,6 +16,7 @@ from h2cache.eval.errors import UserError
 from h2cache.eval.generation.backends import PeerCache, applied, own_copy
 from h2cache.eval.generation.generate import generate
 from h2cache.eval.generation.records import Cell, Drawn, Record, Store
+from h2cache.eval.generation.videos import filmstrip
 from h2cache.eval.generation.work import WorkCounter
 from h2cache.eval.models.environment import machine_name
 from h2cache.eval.models.pipelines import ModelConfig, load_pipeline
@@ -129,7 +130,7 @@ class Painter:
             drawing = generate(pipe, cell.prompt.text, cell.seed, on_step, **arguments)
             generating = time.perf_counter() - begun
         return Drawn(
-            image=drawing.image,
+            image=filmstrip(drawing.frames) if drawing.is_video else drawing.image,
             text_seconds=drawing.text_seconds,
             denoising_seconds=drawing.denoising_seconds,
             vae_seconds=drawing.vae_seconds,

@@ -1,4 +1,4 @@
-"""Videos as files: the MP4, and a contact sheet of some of its frames."""
+"""Videos as files: the MP4, a contact sheet of some of its frames, and the filmstrip, a picture of all of them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,12 +6,13 @@ from pathlib import Path
 import av
 import numpy as np
 from av.video.reformatter import Colorspace
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 SHOWN = 8  # frames of a contact sheet
 WIDTH = 256  # pixels, at most, of each of them
 GAP = 8  # pixels between two
 CRF = "17"  # of x264: the lower the closer, 0 to 51
+COUNT = "frames"  # what a filmstrip's PNG notes their number under
 BT709 = 1  # the number of this standard in the headers of a video
 
 Frames = Sequence[Image.Image]
@@ -43,6 +44,32 @@ def contact_sheet(*videos: Frames) -> Image.Image:
         for x, frame in enumerate(row):
             sheet.paste(frame, (x * (width + GAP), y * (height + GAP)))
     return sheet
+
+
+def filmstrip(frames: Frames) -> Image.Image:
+    """All frames side by side, none changed; `frames_of` takes them apart again."""
+    width, height = frames[0].size
+    strip = Image.new("RGB", (width * len(frames), height))
+    for index, frame in enumerate(frames):
+        strip.paste(frame, (index * width, 0))
+    strip.info[COUNT] = str(len(frames))
+    return strip
+
+
+def frames_of(strip: Image.Image) -> tuple[Image.Image, ...]:
+    """The frames of a filmstrip, as made or as read from its PNG; of any other picture, itself."""
+    count = int(strip.info.get(COUNT, 1))
+    width = strip.width // count
+    return tuple(strip.crop((index * width, 0, (index + 1) * width, strip.height)) for index in range(count))
+
+
+def notes_of(image: Image.Image) -> PngImagePlugin.PngInfo | None:
+    """What the PNG of a filmstrip must say besides its pixels; None for any other picture."""
+    if COUNT not in image.info:
+        return None
+    notes = PngImagePlugin.PngInfo()
+    notes.add_text(COUNT, image.info[COUNT])
+    return notes
 
 
 def shown(count: int) -> list[int]:

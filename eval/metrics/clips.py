@@ -82,7 +82,7 @@ def told(prompt: str, colours: Sequence[str]) -> ClipAttributes:
     return ClipAttributes(thing[2], thing[1], wall[1], motion, speed)
 
 
-def frames_of(video: Sequence[Image.Image]) -> np.ndarray:
+def pixels_of(video: Sequence[Image.Image]) -> np.ndarray:
     """(17, 64, 64, 3) float32; ValueError for a video of another length or size."""
     pixels = np.stack([np.asarray(frame.convert("RGB"), np.float32) for frame in video])
     if pixels.shape != (FRAMES, SIZE, SIZE, 3):
@@ -204,8 +204,3 @@ def _templates() -> tuple[list[str], np.ndarray]:
 
 def _rms(values: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(values))))
-
-
-def right(asked: ClipAttributes, seen: ClipAttributes) -> dict[str, bool]:
-    """Which attributes are as asked."""
-    return {name: getattr(asked, name) == getattr(seen, name) for name in ClipAttributes.__dataclass_fields__}

@@ -34,6 +34,10 @@ def _pixels(image: Image.Image, reference: Image.Image) -> tuple[np.ndarray, np.
 
 
 PSNR = Metric(
-    "PSNR, dB", lambda means: lambda shown: psnr(shown.image, shown.reference), needs_reference=True, form=".2f"
+    "PSNR, dB",
+    lambda means: lambda shown: psnr(shown.image, shown.reference),
+    needs_reference=True,
+    form=".2f",
+    of_videos=True,
 )
 SSIM = Metric("SSIM", lambda means: lambda shown: ssim(shown.image, shown.reference), needs_reference=True)

@@ -60,6 +60,7 @@ class Metric:
         form: a format specification for tables, or "%" for percents.
         fetches: whether `load` may ask a network.
         files: what it loads from the user's folder of weights, if all are there.
+        of_images, of_videos: what it can be taken of.
     """
 
     label: str
@@ -71,3 +72,5 @@ class Metric:
     form: str = ".4f"
     fetches: bool = False
     files: tuple[str, ...] = ()
+    of_images: bool = True
+    of_videos: bool = False

@@ -1,4 +1,4 @@
-"""Image metrics by name: our own, an entry of METRICS each, and every other one of pyiqa's.
+"""Metrics of images and videos by name: our own, an entry of METRICS each, and every other one of pyiqa's.
 
 metrics = Metrics(["psnr", "clipiqa"], device="cpu")
 metrics.unavailable                                     # {"clipiqa": "its weights cannot be fetched (...)"} offline
@@ -17,6 +17,7 @@ from PIL import Image
 from h2cache.eval.errors import UserError
 from h2cache.eval.metrics import preference, pyiqa_metrics
 from h2cache.eval.metrics.attributes import ADHERENCE
+from h2cache.eval.metrics.frames import CLIP_ATTRIBUTES, DIRECTION, FLICKER, FRAME_PSNR, WORST_FRAME
 from h2cache.eval.metrics.images import PSNR, SSIM
 from h2cache.eval.metrics.metric import Means, Metric, Scorer, Shown, Unavailable
 from h2cache.eval.metrics.reader import WORD_ACCURACY
@@ -32,6 +33,11 @@ METRICS: dict[str, Metric] = {
     "hpsv2": preference.HPSV2,
     "imagereward": preference.IMAGEREWARD,
     "clipiqa_published": preference.CLIPIQA_PUBLISHED,
+    "psnr_frames": FRAME_PSNR,
+    "psnr_worst_frame": WORST_FRAME,
+    "flicker": FLICKER,
+    "clip_attributes": CLIP_ATTRIBUTES,
+    "direction": DIRECTION,
 }
 
 # What an image can be compared with, as `psnr@converged`; without `@`, with the baseline's.
@@ -57,6 +63,7 @@ class Kind:
         reference: one of REFERENCES; None for a metric of an image by itself.
         has_zero: whether a change can be told in percent.
         form: a format specification for tables, or "%" for percents.
+        of_images, of_videos: what it can be taken of.
     """
 
     name: str
@@ -67,6 +74,8 @@ class Kind:
     lower_is_better: bool
     has_zero: bool
     form: str
+    of_images: bool
+    of_videos: bool
 
     @property
     def needs_reference(self) -> bool:
@@ -83,8 +92,8 @@ def kind(name: str) -> Kind:
     reference = (reference or BASELINE_IMAGE) if found.needs_reference else None
     quantity, comma, unit = found.label.partition(", ")
     to = f" {REFERENCES[reference]}" if reference not in (None, BASELINE_IMAGE) else ""
-    label, facts = f"{quantity}{to}{comma}{unit}", (found.lower_is_better, found.has_zero, found.form)
-    return Kind(name, metric, label, quantity, reference, *facts)
+    facts = (found.lower_is_better, found.has_zero, found.form, found.of_images, found.of_videos)
+    return Kind(name, metric, f"{quantity}{to}{comma}{unit}", quantity, reference, *facts)
 
 
 class Metrics:

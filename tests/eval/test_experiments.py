@@ -33,7 +33,9 @@ from h2cache.eval.metrics.registry import METRICS
 from h2cache.eval.models.weights import Weights
 
 OF_PICTURES = {"superresolution"}  # what needs a model that is given pictures, and is not done unasked
-ASKED_FOR = OF_PICTURES | {"combine", "promise", "seeds"}  # 344 images of the baseline; four images of every prompt
+OF_VIDEOS = {"video"}  # likewise of a model that makes videos
+# 344 images of the baseline; four images of every prompt; layers that torchao has to be there for
+ASKED_FOR = OF_PICTURES | OF_VIDEOS | {"combine", "promise", "seeds"}
 SHIPPED = sorted({path.stem for path in (REPOSITORY / "configs/experiment").iterdir()} - ASKED_FOR)
 CALL = {"height": 32, "width": 32, "num_inference_steps": 4, "max_sequence_length": 24}
 # A small experiment: the settings of one, without outputs that are tested elsewhere.
@@ -121,10 +123,10 @@ def test_on_the_embedded_model_it_is_what_serves_it():
 
 
 MODELS = sorted((REPOSITORY / "configs/model").iterdir())
-OF_VIDEOS = [path.stem for path in MODELS if "num_frames:" in path.read_text()]
+MAKE_VIDEOS = [path.stem for path in MODELS if "num_frames:" in path.read_text()]
 
 
-@pytest.mark.parametrize("model", sorted({path.stem for path in MODELS} - set(OF_VIDEOS)))
+@pytest.mark.parametrize("model", sorted({path.stem for path in MODELS} - set(MAKE_VIDEOS)))
 def test_every_experiment_can_be_read_for_every_model_of_images(model):
     everything = study(f"model={model}")
     assert sorted(experiment.name for experiment in everything.experiments) == SHIPPED
@@ -141,9 +143,14 @@ def test_experiments_with_pictures_are_for_models_that_take_them(name):
         study(f"experiment={name}")
 
 
-@pytest.mark.parametrize("model", OF_VIDEOS)
-def test_a_model_of_videos_is_refused(model):
-    with pytest.raises(UserError, match=f"model={model} makes videos"):
+@pytest.mark.parametrize("model", MAKE_VIDEOS)
+def test_experiments_of_videos_are_for_models_that_make_them(model):
+    for name in OF_VIDEOS:
+        (found,) = study(f"model={model}", f"experiment={name}").experiments
+        assert found.settings[0].name == "Baseline" and "psnr_frames" in found.metrics
+        with pytest.raises(UserError, match=f"model=flux-mini makes images, and experiment={name} measures videos"):
+            study(f"experiment={name}")
+    with pytest.raises(UserError, match=f"model={model} makes videos.*choose experiment=.video"):
         study(f"model={model}")
 
 
