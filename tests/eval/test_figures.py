@@ -18,7 +18,7 @@ from repository import REPOSITORY
 from thorough import product
 
 from h2cache.eval.errors import UserError
-from h2cache.eval.report.figures import Banner, Frontier, HeatMap, MetricTrace, Rows, Separation
+from h2cache.eval.report.figures import Banner, FilmStrips, Frontier, HeatMap, MetricTrace, Rows, Separation
 from h2cache.eval.report.figures.images import difference
 from h2cache.eval.report.figures.measures import measure
 from h2cache.eval.report.figures.rows import most_different
@@ -41,6 +41,7 @@ FIGURES = [
     pytest.param(Frontier(gain="evaluations"), id="frontier-of-evaluations"),
     pytest.param(Separation(count=1), id="separation"),
     pytest.param(Rows(count=1), id="rows"),
+    pytest.param(FilmStrips(count=1, metrics=("psnr",)), id="film-strips"),
 ]
 
 

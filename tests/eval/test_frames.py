@@ -9,9 +9,10 @@ from PIL import Image
 
 from h2cache.eval.generation.prompts import Prompt
 from h2cache.eval.generation.records import Cell, Drawn, Store
-from h2cache.eval.generation.videos import filmstrip, frames_of
+from h2cache.eval.generation.videos import filmstrip, frames_of, notes_of
 from h2cache.eval.metrics.frames import flicker, frame_psnrs
 from h2cache.eval.metrics.registry import METRICS, Metrics, kind
+from h2cache.eval.report.figures import FilmStrips
 from tools.hunyuan_mini.clips import Clip, draw
 
 PROMPT = "a red star moving right quickly on a blue background"
@@ -116,3 +117,13 @@ def test_what_a_metric_can_be_taken_of():
     assert kind("psnr").of_videos and kind("psnr").of_images
     assert kind("word_accuracy").of_images and not kind("word_accuracy").of_videos
     assert not kind("clipiqa").of_videos
+
+
+def test_film_strips_show_evenly_spaced_frames_and_what_changed(tmp_path):
+    video = np.zeros((17, 8, 8, 3)) + np.arange(17)[:, None, None, None] * 10
+    strip(video).save(tmp_path / "video.png", pnginfo=notes_of(strip(video)))
+    figure = FilmStrips(frames=9, gain=4)
+    shown = figure._shown({"image": tmp_path / "video.png"})
+    assert [frame.getpixel((3, 3))[0] for frame in shown] == [20 * k for k in range(9)]
+    changed = Image.new("RGB", (8, 8), (51, 0, 0))
+    np.testing.assert_allclose(figure._changes(changed, Image.new("RGB", (8, 8))), 4 * 51 / 3 / 255)

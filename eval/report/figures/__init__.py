@@ -2,6 +2,7 @@
 
 from h2cache.eval.report.figures.banner import Banner
 from h2cache.eval.report.figures.crops import Crops
+from h2cache.eval.report.figures.film_strips import FilmStrips
 from h2cache.eval.report.figures.frontier import Frontier
 from h2cache.eval.report.figures.gaussianity import Gaussianity
 from h2cache.eval.report.figures.heatmap import HeatMap
@@ -14,6 +15,7 @@ from h2cache.eval.report.figures.traces import MetricTrace
 __all__ = [
     "Banner",
     "Crops",
+    "FilmStrips",
     "Frontier",
     "Gaussianity",
     "HeatMap",
