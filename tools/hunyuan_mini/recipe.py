@@ -1,4 +1,4 @@
-"""What made the shipped asset: every stage with its settings, in order."""
+"""What makes hunyuan-mini: every stage with its settings, in order."""
 
 STAGES: tuple[tuple[str, dict[str, int | float]], ...] = (
     ("vae", {"steps": 2600, "batch": 12}),
