@@ -13,7 +13,9 @@ import re
 import shutil
 from pathlib import Path
 
-from h2cache.eval.files import REPOSITORY, atomic_files
+from omegaconf import OmegaConf
+
+from h2cache.eval.files import CONFIGS, REPOSITORY, atomic_files
 
 KEPT = (".md", ".csv", ".tex", ".png")
 PUBLISHED = "published"
@@ -24,11 +26,12 @@ PLACE = re.compile(r"(<!-- table ([\w./-]+)(.*?) -->\n).*?(<!-- /table -->)", re
 def keep(run: Path, target: Path = RESULTS) -> list[Path]:
     """Copy the tables and figures of `run` in the place of those of earlier runs; returns the experiments' folders.
 
-    A run that lacks experiments which are kept replaces its own alone, and not what is said of all together: the claims
-    of the papers and environment.json.
+    A run that lacks experiments which are kept, of those that a run without `experiment=` does, replaces its own alone,
+    and not what is said of all together: the claims of the papers and environment.json.
     """
     folders = sorted(file.parent for file in run.glob("*/measurements.csv"))
-    known = {file.name for file in target.glob("*/") if file.name != PUBLISHED}
+    (unasked,) = (each.experiment for each in OmegaConf.load(CONFIGS / "eval.yaml").defaults if "experiment" in each)
+    known = {file.name for file in target.glob("*/")} & set(unasked)
     whole = known <= {folder.name for folder in folders}
     if whole and (run / PUBLISHED).is_dir():
         folders.append(run / PUBLISHED)
