@@ -121,7 +121,8 @@ def load(name: str, device: torch.device, local: Sequence[Path] = ()) -> Network
     options: dict[str, str] = {}
     if local:
         options = {"pretrained_model_path" if name == "lpips" else "backbone": str(local[0])}
-    with _torch_home(local[1].parents[2] if name == "lpips" and local else None), _no_empty_folders():
+    home = _torch_home(local[1].parents[2] if name == "lpips" and local else None)
+    with home, _no_empty_folders(), _llama_as_it_was():
         model = pyiqa.create_metric(name, device=device, **options)
     if name == "clipiqa":
         from pyiqa.archs.clip_imports import clip
@@ -130,6 +131,27 @@ def load(name: str, device: torch.device, local: Sequence[Path] = ()) -> Network
     if name == "clipscore" and device.type == "cpu":
         model.float()  # clip loads in half precision where there is a GPU, even if this is not to run on it
     return Network(name, model.eval().requires_grad_(False), device)
+
+
+@contextlib.contextmanager
+def _llama_as_it_was() -> Iterator[None]:
+    """Keeps transformers' Llama, the text encoder of HunyuanVideo, what it is.
+
+    pyiqa imports all of its networks where it does not find one at once, and two of them replace parts of it.
+    """
+    from transformers.models.llama import configuration_llama, modeling_llama
+
+    places = (configuration_llama, modeling_llama, modeling_llama.LlamaModel, modeling_llama.LlamaForCausalLM)
+    before = [dict(vars(place)) for place in places]
+    try:
+        yield
+    finally:
+        for place, known in zip(places, before, strict=True):
+            for name, value in list(vars(place).items()):
+                if name not in known:
+                    delattr(place, name)
+                elif value is not known[name]:
+                    setattr(place, name, known[name])
 
 
 @contextlib.contextmanager

@@ -369,3 +369,17 @@ def test_a_reader_that_is_not_there(monkeypatch, tmp_path):
     metrics = Metrics(["word_accuracy"])
     assert metrics.unavailable["word_accuracy"].startswith("its weights cannot be loaded (")
     assert math.isnan(metrics.score("word_accuracy", draw(STOP), None, PROMPT, "STOP"))
+
+
+def test_loading_a_metric_leaves_the_text_encoders_of_transformers_alone():
+    """Two of pyiqa's networks replace parts of Llama when they are imported, and any metric may import them all."""
+    from transformers.models.llama import configuration_llama, modeling_llama
+
+    places = (configuration_llama, modeling_llama, modeling_llama.LlamaModel, modeling_llama.LlamaForCausalLM)
+    before = [dict(vars(place)) for place in places]
+    with pyiqa_metrics._llama_as_it_was():
+        from pyiqa.archs.q_align.modeling_llama2 import replace_llama_modality_adaptive
+
+        replace_llama_modality_adaptive()
+        assert [dict(vars(place)) for place in places] != before
+    assert [dict(vars(place)) for place in places] == before
