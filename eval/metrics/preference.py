@@ -81,12 +81,13 @@ def load_pickscore(means: Means) -> Scorer:
 
 
 def load_clipiqa_published(means: Means) -> Scorer:
-    """What H2-Cache's code computes under the name of CLIP-IQA, for its 0.7693 without a cache and -0.07 % with it.
+    """What H2-Cache's paper is taken to report as CLIP-IQA: 0.7693 without a cache and -0.07 % with it.
 
-    That code is built on nunchaku's evaluation, which calls torchmetrics with CLIP ViT-L/14 and gives it pixels of 0 to
-    255, where its `data_range` of 1 expects 0 to 1. It does no harm: with this CLIP torchmetrics leaves the scaling to
-    transformers' image processor, which divides by 255 whatever it is given. So what differs from `clipiqa` is not the
-    range of the pixels but the network, which sees the image at 224x224 and with positional embedding.
+    Its own script could not be read. It runs on nunchaku, whose evaluation calls torchmetrics with CLIP ViT-L/14 and
+    gives it pixels of 0 to 255, where its `data_range` of 1 expects 0 to 1. It does no harm: with this CLIP it
+    leaves the scaling to transformers' image processor, which divides by 255 whatever it is given. So what differs from
+    `clipiqa` is not the range of the pixels but the network, which sees the image at 224x224 and with positional
+    embedding.
     """
     model, processor = _clip_of(means, "clipiqa_published", PUBLISHED_FILES[0], "openai/clip-vit-large-patch14")
     with torch.no_grad():

@@ -3,8 +3,8 @@
 pyiqa is imported when it is asked for: it takes seconds.
 
 `clipiqa` is CLIP-IQA as its paper defines it (Wang et al., AAAI 2023): CLIP's RN50 without positional embedding, and
-one pair of prompts "Good photo." and "Bad photo."; pyiqa's own default is the mean over five other pairs. What the code
-published for H2-Cache computes is `clipiqa_published` (`h2cache.eval.metrics.preference`).
+one pair of prompts "Good photo." and "Bad photo."; pyiqa's own default is the mean over five other pairs. What
+H2-Cache's paper is taken to report is `clipiqa_published` (`h2cache.eval.metrics.preference`).
 """
 
 import contextlib

@@ -9,8 +9,11 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 def atomic_save(state: object, path: Path) -> None:
@@ -132,6 +135,16 @@ class Average:
     def load_state_dict(self, state: dict) -> None:
         torch._foreach_copy_(self.shadow, state["shadow"])
         self.updates = state["updates"]
+
+
+def averaged(model: Model, checkpoint: Path) -> Model:
+    """`model` with the averaged weights of a stage's checkpoint."""
+    state = torch.load(checkpoint, weights_only=True, map_location="cpu")
+    model.load_state_dict(state["model"])
+    average = Average(model.parameters())
+    average.load_state_dict(state["average"])
+    average.copy_to_model()
+    return model
 
 
 class Log:

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from . import spelling, text
 from .latents import Pool
 from .scenes import Letter, caption, letter_boxes
-from .training import Average, Log, advance, cosine, resume, save, set_rate, stage_options
+from .training import Average, Log, advance, averaged, cosine, resume, save, set_rate, stage_options
 
 TOKENS = 64
 SHIFT = 0.5
@@ -182,13 +182,7 @@ def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int, d
 
 def load(checkpoint: Path) -> Denoiser:
     """The averaged weights of a stage's checkpoint."""
-    model = Denoiser()
-    state = torch.load(checkpoint, weights_only=True, map_location="cpu")
-    model.load_state_dict(state["model"])
-    average = Average(model.parameters())
-    average.load_state_dict(state["average"])
-    average.copy_to_model()
-    return model
+    return averaged(Denoiser(), checkpoint)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from diffusers import HunyuanVideoTransformer3DModel
 from transformers import PreTrainedTokenizerBase
 
 from tools.flux_mini.text import build_clip
-from tools.flux_mini.training import Average, Log, advance, cosine, resume, save, set_rate, stage_options
+from tools.flux_mini.training import Average, Log, advance, averaged, cosine, resume, save, set_rate, stage_options
 from tools.flux_mini.transformer import attention, compile_blocks, noise_levels, optimizers, start_as_identity
 
 from . import text
@@ -128,13 +128,7 @@ def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int, d
 
 def load(checkpoint: Path) -> Denoiser:
     """The averaged weights of a stage's checkpoint."""
-    model = Denoiser()
-    state = torch.load(checkpoint, weights_only=True, map_location="cpu")
-    model.load_state_dict(state["model"])
-    average = Average(model.parameters())
-    average.load_state_dict(state["average"])
-    average.copy_to_model()
-    return model
+    return averaged(Denoiser(), checkpoint)
 
 
 def main() -> None:
