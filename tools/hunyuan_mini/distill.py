@@ -7,13 +7,13 @@ where c and u are the teacher's velocities with and without the caption. Text en
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from tools.flux_mini.distill import GUIDANCE_RANGE
 from tools.flux_mini.training import Average, Log, advance, cosine, resume, save, set_rate, stage_options
 from tools.flux_mini.transformer import attention, compile_blocks, optimizers
 
 from .latents import Pool
+from .shape_aid import cell_weights
 from .transformer import batch_at, load, noised
 
 
@@ -44,7 +44,7 @@ def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int, d
                 conditional, unconditional = (teacher(x, t, torch.ones_like(t), *text) for text in (told, untold))
                 target = torch.lerp(unconditional.float(), conditional.float(), guidance[:, None, None, None, None])
             velocity = student(x, t, guidance, *told)
-        loss = F.mse_loss(velocity.float(), target)
+        loss = (cell_weights(examples.covered.to(device)) * (velocity.float() - target).square()).mean()
         loss.backward()
         advance(optims, trained)
         average.update()

@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import random
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 
 from . import vae as autoencoder
 from .clips import Clip, draw, random_clip
+from .shape_aid import covered_shares
 
 
 def clip_at(seed: int, index: int) -> Clip:
@@ -33,6 +35,11 @@ class Pool:
 
     def clip(self, index: int) -> Clip:
         return clip_at(self.meta["seed"], index)
+
+    @cached_property
+    def covered(self) -> np.ndarray:
+        """(N, 5, 8, 8), see `covered_shares`; takes some seconds."""
+        return np.stack([covered_shares(self.clip(i)) for i in range(len(self))])
 
 
 @torch.no_grad()

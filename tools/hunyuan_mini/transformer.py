@@ -1,7 +1,8 @@
 """Stage 3: the transformer with its text encoders, trained from scratch and together by rectified flow.
 
 `x_t = (1 - t) x_0 + t noise`, target `noise - x_0`; t is logit-normal under the shift that sampling uses (arXiv
-2403.03206). Matrices are trained by Muon, everything else by AdamW, as flux-mini's are.
+2403.03206). Matrices are trained by Muon, everything else by AdamW, as flux-mini's are. Which shape belongs where is
+taught beside the flow (`shape_aid.py`).
 """
 
 import random
@@ -9,20 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from diffusers import HunyuanVideoTransformer3DModel
 from transformers import PreTrainedTokenizerBase
 
+from h2cache.eval.metrics.motions import SHAPES
 from tools.flux_mini.text import build_clip
 from tools.flux_mini.training import Average, Log, advance, averaged, cosine, resume, save, set_rate, stage_options
 from tools.flux_mini.transformer import attention, compile_blocks, noise_levels, optimizers, start_as_identity
 
-from . import text
+from . import shape_aid, text
 from .clips import caption
 from .latents import Pool
 
 SHIFT = 2.0
 CAPTION_DROPOUT = 0.1
+COLUMNS = ("loss", "flow", "cell", "grad_norm")
 TIMESTEPS = 1000  # of t = 1, and of guidance 1, as the pipeline tells them to the transformer
 
 
@@ -79,15 +81,23 @@ class Batch:
 
     latents: torch.Tensor  # (B, 16, 5, 8, 8), clean
     prompts: list[str]  # some of them dropped, that is ""
+    covered: torch.Tensor  # (B, 5, 8, 8), see shape_aid.py
+    shapes: torch.Tensor  # (B,), in SHAPES
     generator: torch.Generator  # of this step's noise
 
 
 def batch_at(pool: Pool, seed: int, step: int, size: int, dropout: float) -> Batch:
     rng = random.Random(f"batch-{seed}-{step}")
     indices = [rng.randrange(len(pool)) for _ in range(size)]
-    prompts = ["" if rng.random() < dropout else caption(pool.clip(i), rng) for i in indices]
-    latents = torch.from_numpy(pool.latents[indices]).float()
-    return Batch(latents, prompts, torch.Generator().manual_seed(rng.getrandbits(62)))
+    clips = [pool.clip(i) for i in indices]
+    prompts = ["" if rng.random() < dropout else caption(clip, rng) for clip in clips]
+    return Batch(
+        torch.from_numpy(pool.latents[indices]).float(),
+        prompts,
+        torch.from_numpy(pool.covered[indices]),
+        torch.tensor([SHAPES.index(clip.shape) for clip in clips]),
+        torch.Generator().manual_seed(rng.getrandbits(62)),
+    )
 
 
 def noised(examples: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -101,29 +111,36 @@ def noised(examples: Batch, device: torch.device) -> tuple[torch.Tensor, torch.T
 def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int, device: torch.device) -> None:
     torch.manual_seed(seed)
     pool, model = Pool(work), Denoiser().to(device)
+    aid = shape_aid.ShapeAid(model.transformer, text.WIDTH).to(device)
     trained = list(model.parameters())
-    average, optims = Average(trained), optimizers(model, learning_rate)
+    average, optims = Average(trained), [*optimizers(model, learning_rate), torch.optim.AdamW(aid.parameters())]
     checkpoint = work / "transformer.pt"
-    start = resume(checkpoint, model=model, average=average, optimizers=optims)
+    start = resume(checkpoint, model=model, aid=aid, average=average, optimizers=optims)
     compile_blocks(model)
-    log = Log(work / "transformer.csv", ("loss", "grad_norm"), start)
-    losses, norms = [], []
+    log = Log(work / "transformer.csv", COLUMNS, start)
+    totals, since = dict.fromkeys(COLUMNS, 0.0), start
     for step in range(start, steps):
         set_rate(optims, learning_rate * cosine(step, steps))
         examples = batch_at(pool, seed, step, batch, CAPTION_DROPOUT)
         x, t, target = noised(examples, device)
+        told = torch.tensor([bool(prompt) for prompt in examples.prompts], device=device)
+        covered = examples.covered.to(device)
         with torch.autocast(device.type, torch.bfloat16):
             velocity = model(x, t, torch.ones_like(t), *model.encode(examples.prompts))
-        loss = F.mse_loss(velocity.float(), target)
-        loss.backward()
-        norms.append(advance(optims, trained))
+            cell = aid(told, covered, examples.shapes.to(device))
+        error = (velocity.float() - target).square()
+        flow = (shape_aid.cell_weights(covered) * error).mean()
+        (flow + shape_aid.CELL_LOSS * cell).backward()
+        norm = advance(optims, trained)
         average.update()
-        losses.append(loss.item())
+        for name, value in (("loss", error.mean()), ("flow", flow), ("cell", cell)):
+            totals[name] += value.item()
+        totals["grad_norm"] += norm
         if (step + 1) % 50 == 0 or step + 1 == steps:
-            log.write(step + 1, loss=sum(losses) / len(losses), grad_norm=sum(norms) / len(norms))
-            losses, norms = [], []
+            log.write(step + 1, **{name: total / (step + 1 - since) for name, total in totals.items()})
+            totals, since = dict.fromkeys(COLUMNS, 0.0), step + 1
         if (step + 1) % 200 == 0 or step + 1 == steps:
-            save(checkpoint, step + 1, model=model, average=average, optimizers=optims)
+            save(checkpoint, step + 1, model=model, aid=aid, average=average, optimizers=optims)
 
 
 def load(checkpoint: Path) -> Denoiser:
