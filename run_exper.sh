@@ -12,10 +12,11 @@ Runs the experiments of the H2-Cache paper and writes their tables, figures, pag
 on where it was interrupted and draws nothing twice. It makes .venv from requirements-eval.txt if need be.
 
 Environment:
-  EXPERIMENTS   which, such as "table1 frontier": names of configs/experiment (default: all)
+  EXPERIMENTS   which, such as "table1 frontier": names of configs/experiment (default: all that are for images);
+                "video superresolution" are for two other embedded models, each with results of its own
   MODEL         of configs/model: flux-mini (default; minutes, on a laptop), flux1-dev, nunchaku-flux1-dev, ...
   LIMIT         at most so many prompts of each experiment (default: as many as each says)
-  OUT           the folder of the results (default: results/MODEL, where you are)
+  OUT           the folder of the results (default: results/MODEL, where you are; OUT/MODEL where there are several)
   LAUNCHER      local (default) or ray: on every GPU of a Ray cluster
   PYTHON        what makes .venv (default: python3)
 
@@ -37,28 +38,50 @@ for argument in "$@"; do
     esac
 done
 
-model=${MODEL:-flux-mini}
-out=${OUT:-results/$model}
+out=${OUT:-}
 for argument in "$@"; do
     case $argument in
         out=*) out=${argument#out=} ;;
     esac
 done
-arguments=("model=$model" "launcher=${LAUNCHER:-local}" "out=$out")
-if [[ -n ${EXPERIMENTS:-} ]]; then
-    read -ra names <<<"${EXPERIMENTS//,/ }"
-    arguments+=("experiment=[$(IFS=,; printf '%s' "${names[*]}")]")
-fi
-if [[ -n ${LIMIT:-} ]]; then
-    arguments+=("limit=$LIMIT")
-fi
+
+# The embedded model that an experiment is for, unless MODEL names another.
+model_of() {
+    case $1 in
+        video) echo "${MODEL:-hunyuan-mini}" ;;
+        superresolution) echo "${MODEL:-flux-mini-upscaler}" ;;
+        *) echo "${MODEL:-flux-mini}" ;;
+    esac
+}
+
+experiments=${EXPERIMENTS:-}
+read -ra names <<<"${experiments//,/ }"
+models=()
+for name in "${names[@]:-all}"; do
+    model=$(model_of "$name")
+    [[ " ${models[*]:-} " == *" $model "* ]] || models+=("$model")
+done
 
 make --silent --directory "$root" .venv/eval.stamp >&2
 
-# -P: modules come from this repository, not from where you are.
 status=0
-PYTHONPATH=$root "$root/.venv/bin/python" -P -m eval "${arguments[@]}" "$@" || status=$?
-if ((status < 2)); then
-    printf 'tables and figures: %s/*/, all on one page: %s/report.html\n' "$out" "$out"
-fi
+for model in "${models[@]}"; do
+    folder=${out:-results/$model}
+    if [[ -n $out ]] && ((${#models[@]} > 1)); then
+        folder=$out/$model
+    fi
+    own=()
+    for name in "${names[@]:-}"; do
+        [[ -z $name || $(model_of "$name") != "$model" ]] || own+=("$name")
+    done
+    arguments=("model=$model" "launcher=${LAUNCHER:-local}")
+    ((${#own[@]} == 0)) || arguments+=("experiment=[$(IFS=,; printf '%s' "${own[*]}")]")
+    [[ -z ${LIMIT:-} ]] || arguments+=("limit=$LIMIT")
+    # -P: modules come from this repository, not from where you are.
+    code=0
+    PYTHONPATH=$root "$root/.venv/bin/python" -P -m eval "${arguments[@]}" "$@" "out=$folder" || code=$?
+    ((code <= status)) || status=$code
+    ((code < 2)) || break
+    printf 'tables and figures: %s/*/, all on one page: %s/report.html\n' "$folder" "$folder"
+done
 exit "$status"

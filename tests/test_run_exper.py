@@ -36,17 +36,16 @@ def run(clone: Path, *arguments: str, cwd: Path | None = None, **environment: st
     return subprocess.run(command, cwd=cwd or clone, env=environment, capture_output=True, text=True, timeout=30)
 
 
-def started(process: subprocess.CompletedProcess) -> list[str]:
-    """What python was started with, without `-P -m eval`."""
-    _, _, *arguments = process.stdout.splitlines()
-    assert arguments[:3] == ["-P", "-m", "eval"]
-    return arguments[3:-1]
+def started(process: subprocess.CompletedProcess) -> list[list[str]]:
+    """What each python was started with, without `-P -m eval`."""
+    starts = process.stdout.split("-P\n-m\neval\n")[1:]
+    return [start.partition("\ntables and figures")[0].splitlines() for start in starts]
 
 
 def test_without_anything_it_runs_all_experiments_on_the_embedded_model(clone):
     process = run(clone)
     assert process.returncode == 0
-    assert started(process) == ["model=flux-mini", "launcher=local", "out=results/flux-mini"]
+    assert started(process) == [["model=flux-mini", "launcher=local", "out=results/flux-mini"]]
     assert process.stdout.splitlines()[-1] == (
         "tables and figures: results/flux-mini/*/, all on one page: results/flux-mini/report.html"
     )
@@ -56,9 +55,23 @@ def test_its_variables_become_fields_and_its_arguments_stay(clone):
     variables = {"EXPERIMENTS": "table1, frontier", "MODEL": "flux1-dev", "LIMIT": "8", "OUT": "a b", "LAUNCHER": "ray"}
     process = run(clone, "prompts=cute80", "~experiments.table1.settings.ClusCa", **variables)
     assert started(process) == [
-        *("model=flux1-dev", "launcher=ray", "out=a b", "experiment=[table1,frontier]", "limit=8"),
-        *("prompts=cute80", "~experiments.table1.settings.ClusCa"),
+        [
+            *("model=flux1-dev", "launcher=ray", "experiment=[table1,frontier]", "limit=8"),
+            *("prompts=cute80", "~experiments.table1.settings.ClusCa", "out=a b"),
+        ]
     ]
+
+
+def test_experiments_of_other_embedded_models_have_results_of_their_own(clone):
+    experiments = {"EXPERIMENTS": "video table1 superresolution frontier"}
+    assert started(run(clone, **experiments)) == [
+        ["model=hunyuan-mini", "launcher=local", "experiment=[video]", "out=results/hunyuan-mini"],
+        ["model=flux-mini", "launcher=local", "experiment=[table1,frontier]", "out=results/flux-mini"],
+        ["model=flux-mini-upscaler", "launcher=local", "experiment=[superresolution]", "out=results/flux-mini-upscaler"],
+    ]
+    folders = [arguments[-1] for arguments in started(run(clone, "out=all", **experiments))]
+    assert folders == ["out=all/hunyuan-mini", "out=all/flux-mini", "out=all/flux-mini-upscaler"]
+    assert [arguments[0] for arguments in started(run(clone, MODEL="flux1-dev", **experiments))] == ["model=flux1-dev"]
 
 
 def test_it_works_from_any_directory(clone, tmp_path):
