@@ -67,7 +67,12 @@ def test_experiments_of_other_embedded_models_have_results_of_their_own(clone):
     assert started(run(clone, **experiments)) == [
         ["model=hunyuan-mini", "launcher=local", "experiment=[video]", "out=results/hunyuan-mini"],
         ["model=flux-mini", "launcher=local", "experiment=[table1,frontier]", "out=results/flux-mini"],
-        ["model=flux-mini-upscaler", "launcher=local", "experiment=[superresolution]", "out=results/flux-mini-upscaler"],
+        [
+            "model=flux-mini-upscaler",
+            "launcher=local",
+            "experiment=[superresolution]",
+            "out=results/flux-mini-upscaler",
+        ],
     ]
     folders = [arguments[-1] for arguments in started(run(clone, "out=all", **experiments))]
     assert folders == ["out=all/hunyuan-mini", "out=all/flux-mini", "out=all/flux-mini-upscaler"]

@@ -1,4 +1,4 @@
-"""What a calibration draws: a file's prompts, or captions of flux-mini's scenes."""
+"""What a calibration draws: a file's prompts, or captions of what an embedded model shows."""
 
 import random
 from collections.abc import Sequence
@@ -16,12 +16,30 @@ UNTRAINED_PHRASINGS = (
 )
 
 
-def calibration_prompts(prompts_file: Path | None, images: int, seed: int, untrained: Sequence[str] = ()) -> list[str]:
-    """`images` prompts of a file that has one a line, or of scenes (None), every other one of these in one of the
-    phrasings `untrained`, if there are any. UserError if the file has too few."""
-    if prompts_file is None:
-        return scene_prompts(images, seed, untrained)
-    return prompt_lines(prompts_file, images)
+UNTRAINED_CLIPS = (
+    "{thing} before {wall}, {speed} {moving}",
+    "{wall}, where {thing} {moves} {speed}",
+)
+
+
+def calibration_prompts(
+    prompts_file: Path | None, images: int, seed: int, model: str = "", untrained: bool = False
+) -> list[str]:
+    """What to draw for a calibration of `model`.
+
+    Args:
+        prompts_file: with one prompt a line; None: captions of what hunyuan-mini shows for that model, of flux-mini's
+            scenes for others.
+        images: how many prompts. UserError if the file has fewer.
+        seed: of the captions.
+        model: its name in configs/model.
+        untrained: whether every other caption is in a phrasing that the model never saw.
+    """
+    if prompts_file is not None:
+        return prompt_lines(prompts_file, images)
+    if model == "hunyuan-mini":
+        return clip_prompts(images, seed, UNTRAINED_CLIPS if untrained else ())
+    return scene_prompts(images, seed, UNTRAINED_PHRASINGS if untrained else ())
 
 
 def scene_prompts(count: int, seed: int, untrained: Sequence[str] = ()) -> list[str]:
@@ -33,3 +51,13 @@ def scene_prompts(count: int, seed: int, untrained: Sequence[str] = ()) -> list[
     rng = random.Random(f"teacache-{seed}")
     turns = (PHRASINGS, untrained or PHRASINGS)
     return [caption(random_scene(rng, word=rng.choice(WORDS)), rng, turns[index % 2]) for index in range(count)]
+
+
+def clip_prompts(count: int, seed: int, untrained: Sequence[str] = ()) -> list[str]:
+    """Captions of random clips that hunyuan-mini's training could have had; every other in one of the phrasings
+    `untrained`, if there are any."""
+    from tools.hunyuan_mini.clips import PHRASINGS, caption, random_clip
+
+    rng = random.Random(f"calibration-{seed}")
+    turns = (PHRASINGS, untrained or PHRASINGS)
+    return [caption(random_clip(rng), rng, turns[index % 2]) for index in range(count)]

@@ -119,11 +119,11 @@ def _settings(cfg: DictConfig, name: str) -> Settings:
 def run(settings: Settings, name: str, command: str) -> str:
     """Draw, fit and write `settings.out`, and a file beside it for a second transformer; returns what was written."""
     check_writable([settings.out])
-    prompts = calibration_prompts(settings.prompts_file, settings.images, settings.seed)
+    prompts = calibration_prompts(settings.prompts_file, settings.images, settings.seed, name)
     pipe = load_pipeline(settings.model)
     names, outs = transformer_names(pipe, name, settings.out)
     check_writable(outs)
-    source = settings.prompts_file.name if settings.prompts_file else f"scenes of flux-mini, seed {settings.seed}"
+    source = settings.prompts_file.name if settings.prompts_file else f"captions, seed {settings.seed}"
     machine = describe_machine(settings.model)
     texts = []
     for part, (x, y) in zip(names, calibrate(pipe, prompts, settings.seed, settings.model.call_arguments), strict=True):

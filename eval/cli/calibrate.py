@@ -90,10 +90,10 @@ class Settings:
         return [self.folder / f"{self.name}-{each}{ending}.json" for each in wanted]
 
 
-Prompts = Callable[[Path | None, int, int], list[str]]  # of a file, so many, with a seed
+Prompts = Callable[[Path | None, int, int, str], list[str]]  # of a file, so many, with a seed, for a model
 
 
-def of_file(file: Path | None, images: int, seed: int) -> list[str]:
+def of_file(file: Path | None, images: int, seed: int, model: str) -> list[str]:
     """The first `images` prompts of `file`. UserError where there are fewer, or no file is given."""
     if file is None:
         raise UserError("prompts_file must be given: a file with one prompt a line")
@@ -158,7 +158,7 @@ def run(settings: Settings, prompts_of: Prompts) -> list[str]:
     """Calibrate for each budget, write the plans, and say what they reached."""
     settings.folder.mkdir(parents=True, exist_ok=True)
     check_writable(settings.targets)
-    prompts = prompts_of(settings.prompts_file, settings.images, settings.search["seed"])
+    prompts = prompts_of(settings.prompts_file, settings.images, settings.search["seed"], settings.name)
     pipe = load_pipeline(settings.model)
     call = dict(settings.model.call_arguments) | {"num_inference_steps": settings.steps}
     batch_size, per_step, seconds = _fitting_batch(pipe, prompts, settings.search["batch_size"], call)

@@ -21,7 +21,7 @@ from h2cache.eval.cli import arguments as commandline
 from h2cache.eval.errors import UserError
 from h2cache.eval.models.pipelines import ModelConfig
 from tools import fit_teacache
-from tools.calibration_prompts import UNTRAINED_PHRASINGS, scene_prompts
+from tools.calibration_prompts import UNTRAINED_CLIPS, UNTRAINED_PHRASINGS, calibration_prompts, scene_prompts
 from tools.flux_mini.scenes import HELD_OUT_PHRASINGS, HELD_OUT_WORDS, PHRASINGS
 
 CUBIC = (500.0, -30.0, 1.5, 0.02)  # highest power first
@@ -179,6 +179,16 @@ def test_nobody_is_calibrated_on_what_is_evaluated():
     assert not [word for word in HELD_OUT_WORDS if any(f'"{word}"' in prompt for prompt in prompts)]
 
 
+def test_hunyuan_mini_is_calibrated_on_its_own_clips():
+    from tools.hunyuan_mini import clips
+
+    plain, mixed = (calibration_prompts(None, 64, 0, "hunyuan-mini", untrained) for untrained in (False, True))
+    assert plain == calibration_prompts(None, 64, 0, "hunyuan-mini") and len(set(plain)) == 64
+    assert set(UNTRAINED_CLIPS).isdisjoint(clips.PHRASINGS + clips.HELD_OUT_PHRASINGS)
+    assert any(" before " in prompt or " where " in prompt for prompt in mixed[1::2])
+    assert not any(" before " in prompt or " where " in prompt for prompt in mixed[::2])
+
+
 @pytest.fixture
 def settings(tiny_pipe_folder, tmp_path):
     """Three prompts of eight steps with the tiny pipeline."""
@@ -198,7 +208,7 @@ def test_the_file_says_how_it_was_made_and_is_what_teacache_takes(settings):
         "tiny",
         "the command",
         "21 pairs",
-        "3 prompts (scenes of flux-mini, seed 0), 8 steps each",
+        "3 prompts (captions, seed 0), 8 steps each",
         "1: 0.",
         "2: 0.",
     )
