@@ -1,5 +1,6 @@
 """Stage 4: the model card, with loss curves and a contact sheet of held-out scenes, read from logs or made anew."""
 
+import argparse
 from pathlib import Path
 
 import matplotlib
@@ -152,3 +153,15 @@ def write_card(work: Path, folder: Path) -> None:
         command=COMMAND,
     )
     (folder / "README.md").write_text(card)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder of the training's logs and of the measures")
+    parser.add_argument("--folder", type=Path, default=Path("assets/flux-mini-upscaler"))
+    options = parser.parse_args()
+    write_card(options.work, options.folder)
+
+
+if __name__ == "__main__":
+    main()

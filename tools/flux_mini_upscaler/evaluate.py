@@ -134,12 +134,17 @@ def degraded(truths: Sequence[Image.Image], degrade: Callable) -> list[Image.Ima
 
 
 def evaluation(work: Path, folder: Path) -> dict:
-    """`evaluation.json` in `work` if it is of these weights, else made now."""
-    file, weights = work / "evaluation.json", digest(*sorted(folder.glob("*.safetensors")))
-    if file.exists() and (known := json.loads(file.read_text()))["weights_sha256"] == weights:
+    """`evaluation.json` in `work` if it is of these weights and of flux-mini's that are here, else made now."""
+    file, scenes = work / "evaluation.json", held_out_scenes()
+    measured = {
+        "weights_sha256": digest(*sorted(folder.glob("*.safetensors"))),
+        "flux_mini_sha256": digest(*sorted(BASE.glob("*/*.safetensors"))),
+        "scenes": len(scenes),
+        "steps": STEPS,
+    }
+    if file.exists() and measured.items() <= (known := json.loads(file.read_text())).items():
         return known
-    scenes = held_out_scenes()
-    found = {"weights_sha256": weights, "scenes": len(scenes), "steps": STEPS, "scores": measure(load(folder), scenes)}
+    found = measured | {"scores": measure(load(folder), scenes)}
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(found, indent=2))
     os.replace(partial, file)
