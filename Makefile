@@ -4,6 +4,7 @@
 # make lint
 # make package                               build the wheel and try it in an empty environment; needs a package index
 # make docs                                  build the docs site into site/, strictly
+# make assets [ARGS='again=[plans]']         make anew what depends on the embedded models' weights (CONTRIBUTING.md)
 # make demo [ARGS='--port 8080']             serve the page to try it on, at 127.0.0.1; the arguments are h2cache demo's
 # bash run_exper.sh --help                   the paper's tables and figures
 #
@@ -18,7 +19,7 @@ ARGS ?=
 WORKERS ?= 2
 OLD := 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is too old: make PYTHON=python3.11 or newer")'
 
-.PHONY: run test test-thorough lint docs demo package
+.PHONY: run test test-thorough lint docs assets demo package
 
 run: $(VENV)/run.stamp
 	$(BIN)/python run.py $(ARGS)
@@ -39,6 +40,9 @@ package:
 
 docs: $(VENV)/dev.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+assets: $(VENV)/eval.stamp
+	$(BIN)/python -m tools.assets $(ARGS)
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/h2cache demo $(ARGS)

@@ -55,7 +55,7 @@ def fill(text: str, results: Path = RESULTS) -> str:
     def table(match: re.Match) -> str:
         opening, name, asked, closing = match.groups()
         lines = (results / f"{name}.md").read_text(encoding="utf-8").splitlines()
-        header, align, *rows = [_cells(line) for line in lines if line.startswith("|")]
+        header, align, *rows = [cells(line) for line in lines if line.startswith("|")]
         columns = [_index(header, column, name) for column in _asked(asked, "columns") or header]
         known = [row[0] for row in rows]
         chosen = [rows[_index(known, row, name)] for row in _asked(asked, "rows") or known]
@@ -65,7 +65,8 @@ def fill(text: str, results: Path = RESULTS) -> str:
     return PLACE.sub(table, text)
 
 
-def _cells(line: str) -> list[str]:
+def cells(line: str) -> list[str]:
+    """Of a row of a Markdown table."""
     return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
 
 
