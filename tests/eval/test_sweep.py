@@ -6,6 +6,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -18,9 +19,11 @@ from PIL import Image
 from rich.console import Console
 
 import h2cache
+from h2cache.baselines import BlockCacheConfig, TeaCacheConfig
 from h2cache.eval.cli.progress import watching
 from h2cache.eval.errors import UserError
 from h2cache.eval.generation import sweep as sweeping
+from h2cache.eval.generation.backends import diffusers_cache
 from h2cache.eval.generation.generate import generate
 from h2cache.eval.generation.launchers import LocalLauncher
 from h2cache.eval.generation.prompts import Prompt
@@ -108,6 +111,27 @@ def test_the_first_drawing_with_a_setting_is_kept_as_cold_and_done_again(model, 
     assert calls == [10] * 9
     assert [each.cold_seconds for each in drawn] == [*taken[:6:2], None, None, None]
     assert [each.denoising_seconds for each in drawn] == [*taken[1:6:2], *taken[6:]]
+
+
+def test_on_a_cpu_a_methods_numbers_and_the_batch_need_no_drawing_before(model):
+    """A GPU chooses kernels by sizes; a CPU has nothing to ready but the code."""
+    painter, cell = Painter(model), CELLS[0]
+    first, *others = (
+        replace(cell, method=BlockCacheConfig(threshold=0.1)),
+        replace(cell, method=BlockCacheConfig(threshold=0.2)),
+        replace(cell, method=BlockCacheConfig(threshold=0.1), call=(("num_images_per_prompt", 2),)),
+    )
+    anew = (
+        replace(first, method=TeaCacheConfig()),
+        replace(first, method=None),
+        replace(first, scheduler="unipc"),
+        replace(first, method=diffusers_cache("FirstBlockCacheConfig", threshold=0.1)),
+        replace(first, method=diffusers_cache("TaylorSeerCacheConfig", cache_interval=3)),
+    )
+    assert painter.draw(first).cold_seconds and [painter.draw(each).cold_seconds for each in others] == [None, None]
+    assert all(painter.draw(each).cold_seconds for each in anew)
+    painter._device = torch.device("cuda")
+    assert len({painter._readied_by(each) for each in (first, *others, *anew)}) == 8
 
 
 def fail_with(error: Exception, method: object, monkeypatch) -> None:

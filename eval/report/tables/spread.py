@@ -17,7 +17,7 @@ COLD = Quantity("cold_seconds", "first denoising, s", lambda frame: frame["cold_
 
 @dataclass(frozen=True)
 class SpreadTable:
-    """Mean, standard deviation and 95th percentile of the times; the first denoising with a setting in a process."""
+    """Mean, standard deviation and 95th percentile of the times; the first denoising with a method in a process."""
 
     name: str = "spread"
     title: str = "Spread of the times"
@@ -31,8 +31,8 @@ class SpreadTable:
         rows = tuple((setting, *self._times(measured, setting)) for setting in measured)
         notes = (
             f"{means_over(results, measured)}; std and p95 (the 95th percentile) are over images.",
-            "All: with text encoding and VAE. First: the denoising of the first drawing with a setting in a process, "
-            "which is in no other number.",
+            "All: with text encoding and VAE. First: the denoising of the first drawing with a method in a process, "
+            "which is in no other number; on a CPU a method's other settings have none.",
             *notes_on_failures(measured, measured),
         )
         sheet = Sheet(self.title, ("setting", *times, COLD.label), rows, notes)
