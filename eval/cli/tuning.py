@@ -74,8 +74,9 @@ def _tune(cfg: DictConfig, target: tuple[str, float], prompts: Sequence[str], tr
         raise UserError("--method none has nothing to tune: choose another, such as balanced")
     with messages.status("loading the model"):
         pipe = load_pipeline(model)
-    settings = (trials + 1) * len(knobs_of(method))  # at most, each with and without a cache, after two runs to warm up
-    steps = (2 + 2 * settings * len(prompts)) * model.num_inference_steps
+    settings = (trials + 1) * len(knobs_of(method))  # at most, after two runs to warm up
+    uncached = settings if isinstance(goal, h2cache.WallSpeedup) else 1
+    steps = (2 + (settings + uncached) * len(prompts)) * model.num_inference_steps
     with bar(messages, f"steps on {len(prompts)} prompts, at most") as show:
         done = count(1)
 

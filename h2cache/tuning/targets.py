@@ -12,8 +12,9 @@ class Trial:
     """What one setting gave, over the prompts.
 
     `computed_fraction` of all blocks; `psnr`, mean in dB against the uncached images (infinite where every image is the
-    same); `wall_speedup`, median ratio of the times of whole pipeline calls, an uncached one right before each cached
-    one: of this machine, in this hour.
+    same); `wall_speedup`, median ratio of the times of whole pipeline calls, uncached to cached: of this machine, in
+    this hour. With the target WallSpeedup an uncached call stands right before each cached one, else there is one for
+    each prompt.
     """
 
     config: CacheConfig

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..config import CacheConfig
 from ..handle import apply
 from .knobs import Knob, knobs_of
-from .targets import Target, Trial
+from .targets import Target, Trial, WallSpeedup
 
 
 class Unreachable(ValueError):
@@ -73,11 +73,11 @@ def tune(
     cache that is applied to it is removed. `method` is a configuration: its threshold, two thresholds or interval are
     searched, its other fields kept. `target` is `Psnr(decibels)`, answered by the fastest setting that is so near,
     `Speedup(times)`, by the nearest that computes so few blocks, or `WallSpeedup(times)`, by the nearest that takes so
-    little time. `over` gives values for further fields, each combination of which is searched; where it names the
-    searched fields themselves, exactly its combinations are tried. `knobs` are searched one after the other; None: all
-    that the method has, two thresholds at several ratios. Each search takes at most `trials` settings after the one
-    that skips all it can; `on_trial` sees each as it is measured. Equal arguments give equal results, wall times and
-    what is chosen by them apart.
+    little time; only this one draws the prompts without a cache again for each setting. `over` gives values for further
+    fields, each combination of which is searched; where it names the searched fields themselves, exactly its
+    combinations are tried. `knobs` are searched one after the other; None: all that the method has, two thresholds at
+    several ratios. Each search takes at most `trials` settings after the one that skips all it can; `on_trial` sees
+    each as it is measured. Equal arguments give equal results, wall times and what is chosen by them apart.
 
     Unreachable (a ValueError) where no setting meets the target; TypeError for a method that has nothing to search, and
     whatever `h2cache.apply` raises; ValueError for fields and values that `method` does not have.
@@ -88,7 +88,7 @@ def tune(
         raise ValueError(f"trials = {trials!r}: must be a whole number from 1")
     apply(pipe, method).remove()  # refuses what cannot be cached, and removes what was applied before
     searches = list(_searches(method, knobs_of(method) if knobs is None else list(knobs), dict(over or {})))
-    bench = _Bench(pipe, prompts, seed, call, on_trial)
+    bench = _Bench(pipe, prompts, seed, call, on_trial, paired=isinstance(target, WallSpeedup))
     bench.warm_up(method)
     for start, knob in searches:
         if knob is None:
@@ -146,12 +146,24 @@ def _follow(
 
 
 class _Bench:
-    """Measures settings on the same prompts and noise."""
+    """Measures settings on the same prompts and noise.
+
+    With `paired` an uncached run stands right before each cached one, so that both meet the same load of the machine;
+    without, each prompt is drawn uncached once.
+    """
 
     def __init__(
-        self, pipe: Any, prompts: Sequence[str], seed: int, call: dict[str, Any], on_trial: Callable[[Trial], None]
+        self,
+        pipe: Any,
+        prompts: Sequence[str],
+        seed: int,
+        call: dict[str, Any],
+        on_trial: Callable[[Trial], None],
+        paired: bool,
     ):
         self.pipe, self.prompts, self.seed, self.call, self.on_trial = pipe, prompts, seed, call, on_trial
+        self.paired = paired
+        self.plain: dict[int, tuple[Tensor, float]] = {}
         self.trials: list[Trial] = []
 
     def warm_up(self, config: CacheConfig) -> None:
@@ -161,10 +173,12 @@ class _Bench:
             self._draw(0)
 
     def measure(self, config: CacheConfig) -> Trial:
-        """Each prompt without a cache and then with it, so that both meet the same load of the machine."""
+        """Each prompt with the setting, against the prompt without a cache."""
         fractions, psnrs, ratios = [], [], []
         for index in range(len(self.prompts)):
-            plain, before = self._draw(index)
+            if self.paired or index not in self.plain:
+                self.plain[index] = self._draw(index)
+            plain, before = self.plain[index]
             with apply(self.pipe, config) as handle:
                 image, seconds = self._draw(index)
             fractions.append(handle.summary()["computed_fraction"])

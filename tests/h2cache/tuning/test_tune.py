@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -232,6 +233,16 @@ def test_a_measured_speedup_is_reached_on_a_machine_that_gets_slower(own_pipe, m
     found = h2cache.tune(own_pipe, PROMPTS, method, WallSpeedup(1.75), **CALL)
     assert found.config.interval == 3  # 3 + 9 // 3 = 6 of 12 steps
     assert found.best.wall_speedup == pytest.approx(2, rel=0.12)
+
+
+@pytest.mark.parametrize(("target", "uncached"), [(Speedup(1.75), 1), (Psnr(20), 1), (WallSpeedup(0.01), 3)])
+def test_only_times_need_an_uncached_run_beside_each_cached_one(own_pipe, monkeypatch, target, uncached):
+    """Over three settings on two prompts, after the two runs of the warm-up."""
+    calls = Counter()
+    own_pipe.transformer.register_forward_pre_hook(lambda *_: calls.update(steps=1))
+    method = TaylorSeerConfig(granularity="stage")
+    h2cache.tune(own_pipe, PROMPTS[:2], method, target, over={"interval": (2, 3, 4)}, **CALL)
+    assert calls["steps"] == CALL["num_inference_steps"] * (2 + 2 * (3 + uncached))
 
 
 def test_knobs_may_be_given(tiny_pipe):
