@@ -42,7 +42,7 @@ class WorkCounter:
                 if hasattr(module, "to_q") and hasattr(module, "to_k"):
                     self._watch_attention(module)
                 elif isinstance(module, LAYERS):
-                    self._watch(module, self._ran)
+                    self._watch(module, self._adding(module))
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
@@ -58,17 +58,22 @@ class WorkCounter:
     def _called(self, denoiser: nn.Module, args: tuple) -> None:
         self.calls += 1
 
-    def _ran(self, layer: nn.Module, output: torch.Tensor) -> None:
+    def _adding(self, layer: nn.Module) -> Callable[[torch.Tensor], None]:
+        """What adds the layer's multiply-adds; its size is looked up once, since a run calls it thousands of times."""
         weight = layer.in_features if isinstance(layer, nn.Linear) else layer.weight[0].numel()
-        self.multiply_adds += output.numel() * weight
 
-    def _watch(self, module: nn.Module, ran: Callable[[nn.Module, Any], None]) -> None:
-        """Call `ran(module, output)` each time that the module computes."""
+        def ran(output: torch.Tensor) -> None:
+            self.multiply_adds += output.numel() * weight
+
+        return ran
+
+    def _watch(self, module: nn.Module, ran: Callable[[Any], None]) -> None:
+        """Call `ran(output)` each time that the module computes."""
         own, compute = vars(module).get("forward"), module.forward
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             output = compute(*args, **kwargs)
-            ran(module, output)
+            ran(output)
             return output
 
         module.forward = counted
@@ -78,13 +83,13 @@ class WorkCounter:
         """Count q k^T and the weighted sum of v by the rows that its projections were applied to."""
         size = {"queries": 0, "keys": 0}  # values of the queries; keys a sample
 
-        def queried(layer: nn.Module, output: torch.Tensor) -> None:
+        def queried(output: torch.Tensor) -> None:
             size["queries"] += output.numel()
 
-        def keyed(layer: nn.Module, output: torch.Tensor) -> None:
+        def keyed(output: torch.Tensor) -> None:
             size["keys"] += output.shape[1]
 
-        def ended(module: nn.Module, output: Any) -> None:
+        def ended(output: Any) -> None:
             self.multiply_adds += 2 * size["queries"] * size["keys"]
             size.update(queries=0, keys=0)
 
