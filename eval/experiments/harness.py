@@ -208,7 +208,7 @@ def _results(
         model=study.model_name,
         machine=" and ".join(sorted(set(frame["machine"]))),
         command=command,
-        converged_steps=experiment.converged_steps,
+        converged_run=experiment.converged_run,
         left_out=experiment.left_out,
         tunings={setting.name: setting.tuning for setting in experiment.settings if setting.tuning},
         model_config=study.model,

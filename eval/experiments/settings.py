@@ -24,7 +24,8 @@ from h2cache.tuning import Speedup, WallSpeedup
 
 FIXED_SEED = 0  # the paper's, for every prompt
 SEEDS = ("fixed", "per_prompt")
-OF_THE_PROTOCOL = ("seeds", "steps", "metrics", "converged_steps")  # what an experiment need not say itself
+# What an experiment need not say itself.
+OF_THE_PROTOCOL = ("seeds", "steps", "metrics", "converged_steps", "converged_scheduler")
 OF_A_RUN = ("steps", "scheduler", "weights", "call")  # what a setting may say besides its method's fields
 LABEL = "label"  # what it may say of itself: its name is then "Block Cache (library default)"
 MATCHED = {"time": WallSpeedup, "blocks": Speedup}  # what can be the same for all settings of an experiment
@@ -106,7 +107,8 @@ class Experiment:
     Fields:
         seeds: "fixed" (0 for every prompt) or "per_prompt" (0, 1, ... in the order of the set).
         seeds_per_prompt: images of each prompt; further ones are numbered on from the first ones of all prompts.
-        converged_steps: of the pipeline's own scheduler, for the solution that metrics `@converged` compare with.
+        converged_steps: for the solution that metrics `@converged` compare with.
+        converged_scheduler: its scheduler, one of `h2cache.eval.models.schedulers.NAMES`; None: the pipeline's own.
         left_out: settings that this machine lacks a library for, and what is missing.
         match: to what the settings are tuned; None: they are drawn as they are written.
     """
@@ -120,6 +122,7 @@ class Experiment:
     seeds_per_prompt: int
     steps: int | None
     converged_steps: int
+    converged_scheduler: str | None
     metrics: tuple[str, ...]
     settings: tuple[Setting, ...]
     outputs: tuple[Output, ...]
@@ -133,10 +136,20 @@ class Experiment:
             check_count(f"{self.name}: {field}", getattr(self, field), optional=True)
         for field in ("seeds_per_prompt", "converged_steps"):
             check_count(f"{self.name}: {field}", getattr(self, field))
+        if self.converged_scheduler not in (None, *SCHEDULERS):
+            raise UserError(
+                f"{self.name}: converged_scheduler={self.converged_scheduler!r} is not allowed: it must be null or one "
+                f"of {', '.join(SCHEDULERS)}"
+            )
         if not self.settings:
             raise UserError(
                 f"{self.name}: there are no settings; name at least one, such as Baseline: {{method: none}}"
             )
+
+    @property
+    def converged_run(self) -> str:
+        """What the converged solution is, in words."""
+        return f"{self.converged_steps} steps" + (f" of {self.converged_scheduler}" if self.converged_scheduler else "")
 
     def rows(self, prompts: Sequence[Prompt], limit: int | None, steps: int) -> Iterator[Row]:
         """What is drawn, prompt by prompt, on `limit` prompts at most; `steps` where the experiment says nothing."""
@@ -173,7 +186,9 @@ class Experiment:
         known = {
             BASELINE_IMAGE: replace(plain, steps=steps, scheduler=None, weights=None),
             UNCACHED_IMAGE: plain,
-            CONVERGED_IMAGE: replace(plain, steps=self.converged_steps, scheduler=None, weights=None),
+            CONVERGED_IMAGE: replace(
+                plain, steps=self.converged_steps, scheduler=self.converged_scheduler, weights=None
+            ),
         }
         has_baseline = any(setting.name == BASELINE for setting in self.settings)
         return {
@@ -238,6 +253,7 @@ def _experiment(
         seeds_per_prompt=fields["seeds_per_prompt"],
         steps=fields["steps"],
         converged_steps=fields["converged_steps"],
+        converged_scheduler=fields["converged_scheduler"],
         metrics=tuple(dict.fromkeys(fields["metrics"] or ())),
         settings=tuple(settings),
         outputs=tuple(_made(f"{name}: outputs", output) for output in fields["outputs"] or ()),

@@ -57,7 +57,7 @@ class Results:
     fingerprint, image (Path of the PNG), trace (Path of the CSV of `handle.trace.to_pandas()`, None for the baseline).
     total_seconds, text_seconds, denoising_seconds, vae_seconds; peak_memory_bytes (NaN off the GPU).
     images: how many were drawn at a time; the times are of them all, image and metrics of the first.
-    cold_seconds: denoising time of the first drawing with the setting in a process, which the other columns are not
+    cold_seconds: denoising time of the first drawing with the method in a process, which the other columns are not
     of; NaN for all later ones.
     backend: whose code caches; scheduler: None for the pipeline's own; solver: its class; steps: denoising steps.
     computed_fraction: blocks computed, of all; 1.0 for the baseline. hit_rates: dict of stage to fraction of hits.
@@ -78,7 +78,7 @@ class Results:
     model: str
     machine: str
     command: str
-    converged_steps: int
+    converged_run: str
     left_out: Mapping[str, str] = field(default_factory=dict)
     tunings: Mapping[str, Tuning] = field(default_factory=dict)
     model_config: ModelConfig | None = None

@@ -35,7 +35,7 @@ def measured(folder, settings: dict[str, list[Scene]]) -> Results:
                 }
             )
     told = {"name": "a", "title": "", "description": "", "metrics": (), "unavailable": {}, "model": "flux-mini"}
-    return Results(**told, frame=pd.DataFrame(rows), machine="cpu", command="", converged_steps=400)
+    return Results(**told, frame=pd.DataFrame(rows), machine="cpu", command="", converged_run="400 steps")
 
 
 def made(table: Adherence | AttributeChanges, results: Results, folder) -> tuple[dict, tuple[str, ...], pd.DataFrame]:

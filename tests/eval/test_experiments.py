@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 from PIL import Image
 from repository import REPOSITORY
 
@@ -42,12 +43,17 @@ CALL = {"height": 32, "width": 32, "num_inference_steps": 4, "max_sequence_lengt
 SMALL = ["experiment=qualitative", "experiments.qualitative.outputs=[]", "experiments.qualitative.metrics=[psnr]"]
 
 
+@cache
+def composed_method(model: str, option: str) -> DictConfig:
+    """What configs/method has for the model, under the name of `option`."""
+    return compose("run", overrides=[f"model={model}", f"method={option}"]).method
+
+
 def study(*overrides: str) -> Study:
     """What a command would do."""
     model = next((each.removeprefix("model=") for each in overrides if each.startswith("model=")), "flux-mini")
     with initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
-        method = cache(lambda option: compose("run", overrides=[f"model={model}", f"method={option}"]).method)
-        return read_study(compose("eval", overrides=list(overrides)), model, method)
+        return read_study(compose("eval", overrides=list(overrides)), model, partial(composed_method, model))
 
 
 def configs(study: Study, experiment: str) -> dict[str, object]:
@@ -592,7 +598,14 @@ def test_metrics_name_what_they_compare_with():
     assert "uncached" not in unipc.references and "uncached" not in plain.references
     for row in (plain, unipc, cached):
         assert row.references["baseline"] == plain.cell
-        assert row.references["converged"] == replace(plain.cell, steps=400)
+        assert row.references["converged"] == replace(plain.cell, steps=120, scheduler="unipc")
+
+
+def test_the_converged_solution_is_400_steps_of_a_models_own_scheduler_unless_its_protocol_says_more():
+    (row, *_) = study("model=flux1-dev", "experiment=solvers", "limit=1").rows[0]
+    assert row.references["converged"] == replace(row.cell, steps=400)
+    with pytest.raises(UserError, match="converged_scheduler='ddim' is not allowed: it must be null or one of euler"):
+        study("experiment=solvers", "protocol.converged_scheduler=ddim")
 
 
 def test_a_run_with_solvers_counts_evaluations(command, tmp_path):
@@ -616,7 +629,7 @@ def test_a_run_with_solvers_counts_evaluations(command, tmp_path):
     assert frame["psnr@converged"].between(5, 90).all() and frame["psnr"]["Baseline"] == float("inf")
     table = (tmp_path / "found/qualitative/summary.md").read_text()
     assert "PSNR against the baseline's image (FlowMatchEulerDiscreteScheduler, 4 steps)" in table
-    assert "PSNR against the converged solution (8 steps)" in table
+    assert "PSNR against the converged solution (8 steps of unipc)" in table
 
 
 def test_a_setting_whose_library_is_not_installed_is_left_out_with_the_reason(command, tmp_path, monkeypatch):

@@ -47,7 +47,7 @@ def row(setting: str, prompt: int, seconds: float, **values) -> dict:
 def results(rows: list[dict], **fields) -> Results:
     told = {"name": "table1", "title": "Methods", "description": "", "metrics": METRICS, "unavailable": {}}
     told |= {"model": "flux-mini", "machine": "cpu", "command": "python -m eval", "frame": pd.DataFrame(rows)}
-    told |= {"converged_steps": 400}
+    told |= {"converged_run": "400 steps"}
     return Results(**(told | fields))
 
 

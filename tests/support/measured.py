@@ -82,7 +82,7 @@ def results(rows: list[dict], **changes) -> Results:
         "model": "flux-mini",
         "machine": "a CPU (1 threads)",
         "command": "python -m eval",
-        "converged_steps": 400,
+        "converged_run": "400 steps",
     }
     return Results(**values | changes)
 

@@ -128,7 +128,7 @@ def compared_with(results: Results, metrics: Iterable[str]) -> str:
     images = {
         BASELINE_IMAGE: f"the baseline's image ({results.baseline_run})",
         UNCACHED_IMAGE: "the uncached image of the same scheduler and steps",
-        CONVERGED_IMAGE: f"the converged solution ({results.converged_steps} steps)",
+        CONVERGED_IMAGE: f"the converged solution ({results.converged_run})",
         TRUTH_IMAGE: "the ground truth",
     }
     compared: dict[str, list[str]] = {}
