@@ -1,6 +1,7 @@
 """Experiments whose settings are tuned to the same speedup before they are drawn."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from functools import cache
@@ -11,6 +12,7 @@ import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
 from measured import results, row
+from omegaconf import DictConfig
 from repository import REPOSITORY
 from rich.console import Console
 
@@ -31,14 +33,35 @@ BASELINE, BLOCK_CACHE = "Baseline: {method: none}", "Block Cache: {method: block
 @pytest.fixture
 def arguments(tiny_pipe_folder, tmp_path) -> list[str]:
     """Of `python -m eval`: experiment `matched` on the tiny pipeline and five prompts, equal in blocks computed."""
-    (tmp_path / "prompts.jsonl").write_text(PROMPTS)
+    return arguments_in(tmp_path, tiny_pipe_folder)
+
+
+@pytest.fixture(scope="module")
+def tunings(tiny_pipe_folder, tmp_path_factory) -> tuple[Path, dict[str, Tuning]]:
+    """What one search with `arguments` kept, and found."""
+    folder = tmp_path_factory.mktemp("tuned")
+    answer = found(arguments_in(folder, tiny_pipe_folder))
+    return folder / "results/tunings", answer
+
+
+@pytest.fixture
+def tuned(arguments, tunings, tmp_path, monkeypatch) -> dict[str, Tuning]:
+    """What was found with `arguments`, which are not to be tuned again."""
+    kept, answer = tunings
+    shutil.copytree(kept, tmp_path / "results/tunings")
+    monkeypatch.setattr(match, "load_pipeline", lambda model: pytest.fail("tuned again"))
+    return answer
+
+
+def arguments_in(folder: Path, pipeline: Path) -> list[str]:
+    (folder / "prompts.jsonl").write_text(PROMPTS)
     return [
-        f"model.path={tiny_pipe_folder}",
+        f"model.path={pipeline}",
         *("model.height=32", "model.width=32", f"model.num_inference_steps={STEPS}", "model.max_sequence_length=24"),
         *(
             "prompts=jsonl",
-            f"prompts.path={tmp_path / 'prompts.jsonl'}",
-            f"out={tmp_path / 'results'}",
+            f"prompts.path={folder / 'prompts.jsonl'}",
+            f"out={folder / 'results'}",
             "launcher.workers=1",
         ),
         *("experiment=[matched]", "experiments.matched.metrics=[psnr]"),
@@ -52,10 +75,14 @@ def instead(field: str, value: str) -> list[str]:
     return [f"~experiments.matched.{field}", f"+experiments.matched.{field}={value}"]
 
 
+@cache
+def composed_method(option: str) -> DictConfig:
+    return compose("run", overrides=[f"method={option}"]).method
+
+
 def study(arguments: list[str]) -> Study:
     with initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
-        method = cache(lambda option: compose("run", overrides=[f"method={option}"]).method)
-        return read_study(compose("eval", overrides=arguments), "flux-mini", method)
+        return read_study(compose("eval", overrides=arguments), "flux-mini", composed_method)
 
 
 def found(arguments: list[str], model: str = "a model") -> dict[str, Tuning]:
@@ -79,16 +106,14 @@ def test_equal_work_on_prompts_that_had_no_part_in_the_tuning(arguments, tmp_pat
     assert "interval = 3" in table and "on 2 prompts that are not in this table" in table
 
 
-def test_nothing_is_tuned_twice_and_what_was_cut_short_is_tuned_again(arguments, tmp_path, monkeypatch):
-    first = found(arguments)
-    monkeypatch.setattr(match, "load_pipeline", lambda model: pytest.fail("tuned again"))
-    assert found(arguments) == first and set(first) == {"TaylorSeer", "Block Cache"}
+def test_nothing_is_tuned_twice_and_what_was_cut_short_is_tuned_again(arguments, tuned, tmp_path, monkeypatch):
+    assert found(arguments) == tuned and set(tuned) == {"TaylorSeer", "Block Cache"}
     for kept in (tmp_path / "results/tunings").iterdir():
         kept.write_bytes(kept.read_bytes()[:-20])
     with pytest.raises(pytest.fail.Exception, match="tuned again"):
         found(arguments)
     monkeypatch.undo()
-    assert found(arguments) == first
+    assert found(arguments) == tuned
 
 
 @pytest.mark.parametrize(
@@ -101,16 +126,12 @@ def test_nothing_is_tuned_twice_and_what_was_cut_short_is_tuned_again(arguments,
         "model.num_inference_steps=11",
     ],
 )
-def test_what_an_answer_depends_on_is_tuned_anew(arguments, change, monkeypatch):
-    found(arguments)
-    monkeypatch.setattr(match, "load_pipeline", lambda model: pytest.fail("tuned again"))
+def test_what_an_answer_depends_on_is_tuned_anew(arguments, tuned, change):
     with pytest.raises(pytest.fail.Exception, match="tuned again"):
         found([*arguments, change])
 
 
-def test_another_model_or_machine_is_tuned_anew(arguments, monkeypatch):
-    found(arguments)
-    monkeypatch.setattr(match, "load_pipeline", lambda model: pytest.fail("tuned again"))
+def test_another_model_or_machine_is_tuned_anew(arguments, tuned, monkeypatch):
     with pytest.raises(pytest.fail.Exception, match="tuned again"):
         found(arguments, model="another")
     monkeypatch.setattr(match, "machine_name", lambda model: "another")

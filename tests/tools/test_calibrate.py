@@ -1,12 +1,11 @@
 """`python -m tools.calibrate`: what it refuses before it draws anything, what it says, and what it writes."""
 
 import re
-import subprocess
+import runpy
 import sys
 
 import pytest
 import torch
-from repository import REPOSITORY
 from tiny import TEXT_TOKENS
 
 from h2cache import AtLeast, Plan
@@ -112,8 +111,9 @@ def test_a_batch_that_does_not_fit_is_halved(tiny_pipe, monkeypatch):
 
 
 @pytest.mark.parametrize(("fields", "names"), [(["budget=0.5"], "budget="), (["kind=l2p", "tries=-1"], "tries=")])
-def test_the_command_line_says_one_sentence_and_exits_with_2(tmp_path, fields, names):
-    command = [sys.executable, "-m", "tools.calibrate", *fields, f"out={tmp_path}"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("calibrate: error")]
-    assert done.returncode == 2 and len(lines) == 1 and names in lines[0]
+def test_the_command_line_says_one_sentence_and_exits_with_2(tmp_path, monkeypatch, capsys, fields, names):
+    monkeypatch.setattr(sys, "argv", ["calibrate", *fields, f"out={tmp_path}"])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_module("tools.calibrate", run_name="__main__")
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("calibrate: error")]
+    assert exit.value.code == 2 and len(lines) == 1 and names in lines[0]
