@@ -229,6 +229,7 @@ def test_an_experiment_measures_against_the_truth_and_beside_bicubic(runs, pictu
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment/own.yaml").write_text(EXPERIMENT)
     chosen = ["experiment=own", f"hydra.searchpath=[file://{tmp_path}]", "prompts=jsonl", "out=results"]
+    chosen += ["launcher.workers=1"]  # what workers draw is tested elsewhere, and each is seconds of imports
     code, _, stderr = runs(program.main, *chosen, f"prompts.path={pictures.path}")
     assert code == 0, stderr
     frame = pd.read_csv(tmp_path / "results/own/measurements.csv")

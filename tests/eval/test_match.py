@@ -28,6 +28,7 @@ from h2cache.eval.report.tables import MatchedTable
 PROMPTS = "".join(json.dumps({"id": f"p{i}", "prompt": f"a sign, number {i}"}) + "\n" for i in range(5))
 STEPS = 12
 BASELINE, BLOCK_CACHE = "Baseline: {method: none}", "Block Cache: {method: block_cache}"
+TAYLORSEER = "TaylorSeer: {method: taylorseer, granularity: stage}"
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def arguments_in(folder: Path, pipeline: Path) -> list[str]:
         ),
         *("experiment=[matched]", "experiments.matched.metrics=[psnr]"),
         *instead("match", "{speedup: 2.0, prompts: 2, measured: blocks}"),
-        *instead("settings", f"{{{BASELINE}, TaylorSeer: {{method: taylorseer, granularity: stage}}, {BLOCK_CACHE}}}"),
+        *instead("settings", f"{{{BASELINE}, {TAYLORSEER}, {BLOCK_CACHE}}}"),
     ]
 
 
@@ -141,7 +142,8 @@ def test_another_model_or_machine_is_tuned_anew(arguments, tuned, monkeypatch):
 
 def test_a_method_that_does_not_reach_the_speedup_is_a_row_that_says_so(arguments, tmp_path, monkeypatch, capsys):
     """3 of 12 steps are computed at least: four times fewer blocks is all there is."""
-    command = [*arguments, "+experiments.matched.match.apart={TaylorSeer: 5}"]
+    settings = instead("settings", f"{{{BASELINE}, {TAYLORSEER}}}")
+    command = [*arguments[: -len(settings)], *settings, "+experiments.matched.match.apart={TaylorSeer: 5}"]
     monkeypatch.setattr(sys, "argv", ["eval", *command])
     with pytest.raises(SystemExit) as exit:
         program.main()
@@ -196,10 +198,8 @@ def test_what_cannot_be_matched_is_one_sentence(arguments, change, words):
         found([*arguments, *change])
 
 
-def test_a_setting_is_drawn_as_it_was_found(arguments):
-    read = study(arguments)
-    read.out.mkdir()
-    after = matched(read, {}, Console(file=StringIO()))
+def test_a_setting_is_drawn_as_it_was_found(arguments, tuned):
+    after = matched(study(arguments), {"weights": "a model"}, Console(file=StringIO()))
     drawn = {row.setting.name: row.cell.method for row in after.rows[0]}
     assert drawn["TaylorSeer"] == TaylorSeerConfig(3, granularity="stage")
     (block,) = (setting for setting in after.experiments[0].settings if setting.name == "Block Cache")
