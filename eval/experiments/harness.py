@@ -11,6 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from omegaconf import DictConfig
@@ -26,12 +27,13 @@ from h2cache.eval.files import atomic_files
 from h2cache.eval.generation.backends import backend_of, fields_of
 from h2cache.eval.generation.records import Cell, Record, Store
 from h2cache.eval.generation.sweep import Report, found, sweep
-from h2cache.eval.metrics.registry import TRUTH_IMAGE, Metrics, kind
+from h2cache.eval.metrics.registry import TRUTH_IMAGE, Metrics, kind, set_metric
 from h2cache.eval.metrics.scores import Scores
+from h2cache.eval.metrics.sets import Features, SetScore, set_score
 from h2cache.eval.models.environment import environment
 from h2cache.eval.models.identity import identity
 from h2cache.eval.report import page, published
-from h2cache.eval.report.results import Artifact, Results
+from h2cache.eval.report.results import BASELINE, KEY, Artifact, Results
 from h2cache.eval.report.tables import SummaryTable
 
 PAGE, ENVIRONMENT, MEASUREMENTS = "report.html", "environment.json", "measurements.csv"
@@ -101,7 +103,8 @@ def facts_of(out: Path) -> dict[str, Any]:
 def _measured(study: Study, store: Store, report: Report, command: str, messages: Console) -> list[Results]:
     """The results of every experiment of which there are images. `store` is locked: its scores are added to."""
     with messages.status("loading the metrics"):
-        metrics = Metrics(study.metrics, study.metric_weights, "cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        metrics = Metrics(study.metrics, study.metric_weights, device, study.set_metrics)
     with bar(messages, "measuring the images") as show:
         scores = Scores(store.folder / "scores.jsonl", metrics)
         measured, images = count(1), sum(map(len, study.rows))
@@ -111,11 +114,12 @@ def _measured(study: Study, store: Store, report: Report, command: str, messages
         ]
     for name, reason in metrics.unavailable.items():
         messages.print(f"note: {name} is n/a: {reason}", soft_wrap=True)
-    return [
-        _results(experiment, frame, metrics.unavailable, study, command)
-        for experiment, frame in zip(study.experiments, frames, strict=True)
-        if len(frame)
-    ]
+    with messages.status("measuring the sets of images"):
+        return [
+            _results(experiment, frame, metrics, study, command)
+            for experiment, frame in zip(study.experiments, frames, strict=True)
+            if len(frame)
+        ]
 
 
 def _write(
@@ -193,9 +197,27 @@ def _evaluations(cell: Cell, record: Record, references: Mapping[str, Record]) -
     return calls * record.computed_fraction
 
 
-def _results(
-    experiment: Experiment, frame: pd.DataFrame, unavailable: Mapping[str, str], study: Study, command: str
-) -> Results:
+def set_scores(frame: pd.DataFrame, name: str, features: Features) -> dict[str, SetScore]:
+    """The metric `name` of each setting's images in a frame of `Results`, against the baseline's of the same prompts.
+
+    Empty without a baseline.
+    """
+    measure = set_metric(name)
+    of = {file: features(file) for file in frame["image"].unique()}
+    groups = {setting: group.set_index(KEY)["image"] for setting, group in frame.groupby("setting", observed=True)}
+    if BASELINE not in groups:
+        return {}
+    scores = {}
+    for setting, images in groups.items():
+        pairs = pd.concat([images, groups[BASELINE]], axis=1, join="inner", keys=["image", "reference"]).sort_index()
+        if setting != BASELINE and len(pairs):
+            ours, theirs = (np.stack([of[file] for file in pairs[column]]) for column in pairs)
+            scores[setting] = set_score(measure, ours, theirs, list(pairs.index.get_level_values(0)))
+    return scores
+
+
+def _results(experiment: Experiment, frame: pd.DataFrame, metrics: Metrics, study: Study, command: str) -> Results:
+    reasons = {name: kind(name).metric for name in experiment.metrics} | {name: name for name in experiment.set_metrics}
     return Results(
         name=experiment.name,
         title=experiment.title,
@@ -203,7 +225,13 @@ def _results(
         frame=frame,
         metrics=experiment.metrics,
         unavailable={
-            name: unavailable[metric] for name in experiment.metrics if (metric := kind(name).metric) in unavailable
+            name: metrics.unavailable[metric] for name, metric in reasons.items() if metric in metrics.unavailable
+        },
+        set_metrics=experiment.set_metrics,
+        set_scores={
+            name: set_scores(frame, name, metrics.features[name])
+            for name in experiment.set_metrics
+            if name in metrics.features
         },
         model=study.model_name,
         machine=" and ".join(sorted(set(frame["machine"]))),

@@ -109,6 +109,7 @@ class Experiment:
         seeds_per_prompt: images of each prompt; further ones are numbered on from the first ones of all prompts.
         converged_steps: for the solution that metrics `@converged` compare with.
         converged_scheduler: its scheduler, one of `h2cache.eval.models.schedulers.NAMES`; None: the pipeline's own.
+        set_metrics: of a setting's images as a set, against the baseline's.
         left_out: settings that this machine lacks a library for, and what is missing.
         match: to what the settings are tuned; None: they are drawn as they are written.
     """
@@ -128,6 +129,7 @@ class Experiment:
     outputs: tuple[Output, ...]
     left_out: Mapping[str, str]
     match: Match | None = None
+    set_metrics: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.seeds not in SEEDS:
@@ -209,6 +211,7 @@ def read_experiments(cfg: DictConfig, method: Callable[[str], DictConfig]) -> tu
         raise UserError("there is no experiment to do: choose some with experiment=[table1,frontier]")
     try:
         shared = {"description": "", "limit": None, "outputs": [], "seeds_per_prompt": 1, "match": None}
+        shared["set_metrics"] = []
         shared |= {field: cfg.protocol[field] for field in OF_THE_PROTOCOL}
         shared["prompts"] = _plain(cfg.get("prompts") or cfg.protocol.prompts)
         written = {name: _plain(each) for name, each in chosen.items()}
@@ -259,6 +262,7 @@ def _experiment(
         outputs=tuple(_made(f"{name}: outputs", output) for output in fields["outputs"] or ()),
         left_out=left_out,
         match=_match(name, fields["match"], fields["settings"] or ()),
+        set_metrics=tuple(dict.fromkeys(fields["set_metrics"] or ())),
     )
 
 

@@ -48,6 +48,11 @@ class Study:
         return list(dict.fromkeys(name for experiment in self.experiments for name in experiment.metrics))
 
     @property
+    def set_metrics(self) -> list[str]:
+        """Likewise of sets of images."""
+        return list(dict.fromkeys(name for experiment in self.experiments for name in experiment.set_metrics))
+
+    @property
     def all_cells(self) -> list[Cell]:
         """Prompt by prompt, with the settings of all experiments that draw it, and what these are compared with."""
         prompts: dict[tuple[Prompt, int], dict[Cell, None]] = {}
@@ -87,6 +92,8 @@ def read_study(cfg: DictConfig, model_name: str, method: Callable[[str], DictCon
     out = Path(str(cfg.out)).expanduser()
     study = Study(model, model_name, launcher, experiments, prompts, cfg.limit, out, weights)
     for experiment in experiments:
+        for name in experiment.set_metrics:
+            quality.set_metric(name)  # UserError for a name that is none
         for name in experiment.metrics:
             found = quality.kind(name)  # UserError for a name that is no metric
             if not (found.of_videos if model.makes_videos else found.of_images):

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from h2cache.eval.metrics.metric import Means, Metric, Scorer, Shown, Unavailable
+from h2cache.eval.metrics.sets import Features, SetMetric
 from h2cache.eval.metrics.weights import first_line, loaded
 
 SEED = 0  # a few metrics crop at random
@@ -34,8 +36,9 @@ FILES = {
     "clipscore": ("ViT-B-32.pt",),
     "lpips": ("LPIPS_v0.1_alex-df73285e.pth", "hub/checkpoints/alexnet-owt-7be5be79.pth"),
 }
-# These compare the statistics of whole folders.
-OF_MANY_IMAGES = ("fid", "sfid", "fid_dinov2", "inception_score")
+# These compare the features of two sets of images.
+OF_SETS = {"fid": "FID", "sfid": "sFID", "fid_dinov2": "FID, DINOv2"}
+OF_MANY_IMAGES = (*OF_SETS, "inception_score")
 
 
 def names() -> list[str]:
@@ -61,6 +64,26 @@ def metric(name: str) -> Metric | None:
         lower_is_better=settings.get("lower_better", False),
         fetches=True,
     )
+
+
+def set_metric(name: str) -> SetMetric | None:
+    """The metric of sets called `name`; None for a name that is not of OF_SETS."""
+    return SetMetric(OF_SETS[name], partial(_features, name), fetches=True) if name in OF_SETS else None
+
+
+def _features(name: str, means: Means) -> Features:
+    """pyiqa's own network and its way of resizing ("clean"), image by image: it takes folders alone."""
+    from pyiqa.archs.fid_arch import get_folder_features
+
+    net = loaded(name, (), means.online, partial(load, name, means.device)).model.net
+    options = {"num_workers": 0, "batch_size": 1, "test_img_size": net.test_img_size, "verbose": False}
+
+    def of(file: Path) -> np.ndarray:
+        with TemporaryDirectory() as folder:
+            (Path(folder) / file.name).symlink_to(file.resolve())
+            return get_folder_features(folder, net.model, device=means.device, **options)[0].astype(np.float64)
+
+    return of
 
 
 def _version(means: Means) -> str:

@@ -1,4 +1,5 @@
-"""Metrics of images and videos by name: our own, an entry of METRICS each, and every other one of pyiqa's.
+"""Metrics of images, of videos and of sets of images by name: our own, an entry of METRICS or SET_METRICS each, and
+every other one of pyiqa's.
 
 metrics = Metrics(["psnr", "clipiqa"], device="cpu")
 metrics.unavailable                                     # {"clipiqa": "its weights cannot be fetched (...)"} offline
@@ -21,6 +22,7 @@ from h2cache.eval.metrics.frames import CLIP_ATTRIBUTES, DIRECTION, FLICKER, FRA
 from h2cache.eval.metrics.images import PSNR, SSIM
 from h2cache.eval.metrics.metric import Means, Metric, Scorer, Shown, Unavailable
 from h2cache.eval.metrics.reader import WORD_ACCURACY
+from h2cache.eval.metrics.sets import LOOK, Features, SetMetric
 from h2cache.eval.metrics.weights import is_online
 from h2cache.eval.models.identity import content_hash
 
@@ -39,6 +41,8 @@ METRICS: dict[str, Metric] = {
     "clip_attributes": CLIP_ATTRIBUTES,
     "direction": DIRECTION,
 }
+
+SET_METRICS: dict[str, SetMetric] = {"look": LOOK}
 
 # What an image can be compared with, as `psnr@converged`; without `@`, with the baseline's.
 BASELINE_IMAGE = "baseline"  # that of the model's own scheduler at the experiment's number of steps
@@ -104,18 +108,25 @@ class Metrics:
         names: Sequence[str],
         weights: Path | None = None,
         device: torch.device | str = "cpu",
+        sets: Sequence[str] = (),
     ) -> None:
-        """`weights`: a folder for machines that cannot fetch them (docs/metrics.md); UserError if one does not load."""
+        """Load the metrics `names` of images or videos, and `sets`, those of sets.
+
+        `weights`: a folder for machines that cannot fetch them (docs/metrics.md); UserError if one does not load.
+        """
         self.metrics = {metric: _metric(metric) for metric in dict.fromkeys(kind(name).metric for name in names)}
-        fetches = any(metric.fetches for metric in self.metrics.values())
+        of_sets = {name: set_metric(name) for name in sets}
+        fetches = any(metric.fetches for metric in (*self.metrics.values(), *of_sets.values()))
         self._means = Means(torch.device(device), not fetches or is_online(), weights)
         self.unavailable: dict[str, str] = {}
         self._scorers: dict[str, Scorer] = {}
-        for name, metric in self.metrics.items():
-            try:
-                self._scorers[name] = metric.load(self._means)
-            except Unavailable as error:
-                self.unavailable[name] = str(error)
+        self.features: dict[str, Features] = {}  # of the metrics of sets that can be had
+        for loaded, metrics in ((self._scorers, self.metrics), (self.features, of_sets)):
+            for name, metric in metrics.items():
+                try:
+                    loaded[name] = metric.load(self._means)
+                except Unavailable as error:
+                    self.unavailable[name] = str(error)
 
     def version(self, name: str) -> str:
         """Changes when the scores of this metric may: for the key under which they are kept."""
@@ -140,6 +151,15 @@ class Metrics:
         except Unavailable as error:
             self.unavailable[name] = str(error)
             return math.nan
+
+
+def set_metric(name: str) -> SetMetric:
+    """UserError for a name that is neither ours nor one that pyiqa can compare sets with."""
+    found = SET_METRICS.get(name) or pyiqa_metrics.set_metric(name)
+    if found is None:
+        known = ", ".join([*SET_METRICS, *pyiqa_metrics.OF_SETS])
+        raise UserError(f"set_metrics: {name!r} is no metric of a set of images: choose from {known}")
+    return found
 
 
 def _metric(name: str) -> Metric:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import pandas as pd
 
 from h2cache.eval.generation.prompts import Prompt
+from h2cache.eval.metrics.sets import SetScore
 from h2cache.eval.models.pipelines import ModelConfig
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class Results:
     evaluations: the work done, in whole evaluations of the model.
     One column for each metric, NaN where it cannot be had; `unavailable` says why.
 
+    `set_scores` has the metrics of sets that can be had, of each setting but the baseline.
     `left_out` has the settings that could not be tried at all, and why.
     `tunings` has the settings that were tuned, by name; those that do not reach their speedup have no rows.
     `model_config` is for outputs that look into the model itself, `prompts` (by id) for those that look into the set.
@@ -79,6 +81,8 @@ class Results:
     machine: str
     command: str
     converged_run: str
+    set_metrics: tuple[str, ...] = ()
+    set_scores: Mapping[str, Mapping[str, SetScore]] = field(default_factory=dict)  # metric -> setting -> score
     left_out: Mapping[str, str] = field(default_factory=dict)
     tunings: Mapping[str, Tuning] = field(default_factory=dict)
     model_config: ModelConfig | None = None

@@ -615,6 +615,7 @@ def test_a_run_with_solvers_counts_evaluations(command, tmp_path):
         f"+{chosen}.settings.UniPC={{method: none, scheduler: unipc, steps: 3}}",
         "+protocol.block_cache.threshold=9",
         f"{chosen}.metrics=[psnr,psnr@converged]",
+        f"+{chosen}.set_metrics=[look]",
         f"{chosen}.outputs=[{{_target_: h2cache.eval.report.tables.SummaryTable}}]",
         "protocol.converged_steps=8",
         "limit=1",
@@ -630,6 +631,9 @@ def test_a_run_with_solvers_counts_evaluations(command, tmp_path):
     table = (tmp_path / "found/qualitative/summary.md").read_text()
     assert "PSNR against the baseline's image (FlowMatchEulerDiscreteScheduler, 4 steps)" in table
     assert "PSNR against the converged solution (8 steps of unipc)" in table
+    assert "| distance of looks |" in table
+    numbers = pd.read_csv(tmp_path / "found/qualitative/summary.csv", index_col="setting")
+    assert numbers["look_n"]["UniPC"] == 1 and numbers["look"].isna().all(), "one image is no set"
 
 
 def test_a_setting_whose_library_is_not_installed_is_left_out_with_the_reason(command, tmp_path, monkeypatch):

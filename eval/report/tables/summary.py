@@ -1,5 +1,6 @@
 """One row a setting, in the form of the paper's table."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,15 @@ import pandas as pd
 from rich.table import Table
 
 from h2cache.eval.errors import UserError
-from h2cache.eval.metrics.registry import BASELINE_IMAGE, CONVERGED_IMAGE, TRUTH_IMAGE, UNCACHED_IMAGE, kind
+from h2cache.eval.metrics.registry import (
+    BASELINE_IMAGE,
+    CONVERGED_IMAGE,
+    TRUTH_IMAGE,
+    UNCACHED_IMAGE,
+    kind,
+    set_metric,
+)
+from h2cache.eval.metrics.sets import SetScore
 from h2cache.eval.report.results import BASELINE, Artifact, Results
 from h2cache.eval.report.tables.quantities import (
     ABSENT,
@@ -71,10 +80,12 @@ class SummaryTable:
     def _sheet(
         self, results: Results, measured: Measured, columns: Sequence[Quantity], stages: Sequence[Quantity]
     ) -> Sheet:
-        header = ["setting", *(quantity.label for quantity in columns), *(["hits"] if stages else [])]
+        labels = [*(quantity.label for quantity in columns), *(set_metric(name).label for name in results.set_scores)]
+        header = ["setting", *labels, *(["hits"] if stages else [])]
         rows = []
         for setting in measured:
             cells = [measured.cell(setting, quantity).whole_text for quantity in columns]
+            cells += [_of_the_set(name, scores.get(setting)) for name, scores in results.set_scores.items()]
             if stages:
                 cells.append(_hits(measured, setting, stages))
             rows.append((setting, *cells))
@@ -89,6 +100,10 @@ class SummaryTable:
             row: dict[str, object] = {"setting": setting, "prompts": measured.prompts}
             for quantity in quantities:
                 row |= numbers(measured.cell(setting, quantity), quantity)
+            for name, scores in results.set_scores.items():
+                found = scores.get(setting, SetScore(0, math.nan))
+                row |= {f"{name}_n": found.n, name: found.value}
+                row |= {f"{name}_ci95_low": found.low, f"{name}_ci95_high": found.high}
             rows.append(row)
         return pd.DataFrame(rows)
 
@@ -113,8 +128,14 @@ class SummaryTable:
         notes.append("Evaluations: the multiply-adds that ran, in whole evaluations of the model.")
         shown = results.metrics if self.metrics is None else self.metrics
         notes += [compared_with(results, shown)] if any(kind(name).needs_reference for name in shown) else []
+        if results.set_scores:
+            names = ", ".join(set_metric(name).label for name in results.set_scores)
+            notes.append(
+                f"{names}: of all images as a set, from the baseline's of the same prompts; 0 is the same, in brackets "
+                "the 95 % interval over resampled prompts."
+            )
         notes += [f"Left out: {name} ({reason})." for name, reason in results.left_out.items()]
-        return notes + _reasons(results, shown) + notes_on_failures(measured, measured)
+        return notes + _reasons(results, (*shown, *results.set_metrics)) + notes_on_failures(measured, measured)
 
 
 def means_over(results: Results, measured: Measured) -> str:
@@ -143,7 +164,8 @@ def _reasons(results: Results, shown: Iterable[str]) -> list[str]:
     lacking: dict[str, list[str]] = {}
     for name in shown:
         if name in results.unavailable:
-            lacking.setdefault(results.unavailable[name], []).append(metric(name).label)
+            label = set_metric(name).label if name in results.set_metrics else metric(name).label
+            lacking.setdefault(results.unavailable[name], []).append(label)
     return [f"n/a: {', '.join(labels)} ({reason})." for reason, labels in lacking.items()]
 
 
@@ -156,6 +178,15 @@ def notes_on_failures(measured: Measured, settings: Iterable[str]) -> list[str]:
     if partial:
         notes.append(f"Some images are missing, so that the means are over fewer prompts: {', '.join(partial)}.")
     return notes
+
+
+def _of_the_set(name: str, found: SetScore | None) -> str:
+    """The score with its interval, as far as there are any: the baseline has none."""
+    if found is None or math.isnan(found.value):
+        return MEANINGLESS
+    form = set_metric(name).form
+    interval = "" if math.isnan(found.low) else f" ({found.low:{form}} to {found.high:{form}})"
+    return f"{found.value:{form}}{interval}"
 
 
 def _hits(measured: Measured, setting: str, stages: tuple[Quantity, ...]) -> str:
