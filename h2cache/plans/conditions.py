@@ -24,12 +24,13 @@ class Conditions:
     """What a run depends on besides prompt and noise; None where it is not known.
 
     Fields:
-        model: the transformer's class and a digest of its configuration.
-        scheduler: the scheduler's class and its configuration, the shift included.
+        model: the transformer's or the U-Net's class and a digest of its configuration.
+        scheduler: the scheduler's class and its configuration, shift and prediction type included.
         steps: denoising steps.
         guidance: the guidance scale.
         image_tokens: of one image, which is its resolution.
-        sigmas: the noise level at each step.
+        sigmas: the noise level at each step, from 1 to 0; of a scheduler that is not flow matching's, what
+            `plans/bases.py` makes of it.
     """
 
     model: str | None = None
@@ -62,6 +63,17 @@ class Conditions:
         if abs(mine - theirs) <= TOLERANCE:
             return []
         return [f"sigma {mine:.4g} at step {step} and is run with {theirs:.4g}"]
+
+
+def model_of(pipe: Any) -> Any:
+    """The transformer or the U-Net of a pipeline, the first of several; None where it has none."""
+    parts = (getattr(pipe, name, None) for name in ("transformer", "transformer_2", "unet"))
+    return next((part for part in parts if part is not None), None)
+
+
+def tokens_of(latents: Any) -> int:
+    """`image_tokens` of latents (B, N, C), or (B, C, ...) where each place counts as one."""
+    return latents.shape[1] if latents.ndim == 3 else latents.shape[2:].numel()
 
 
 def described(part: object) -> str:

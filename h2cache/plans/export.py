@@ -13,11 +13,15 @@ def table(plan: Plan) -> dict[str, Any]:
     calls, by how much the sample goes along its output and the ones before, newest first.
 
     Raises:
-        ValueError: for a plan that does not know its noise levels.
+        ValueError: for a plan that does not know its noise levels, or was not made for flow matching.
     """
-    levels = plan.made_for.sigmas
+    levels, scheduler = plan.made_for.sigmas, plan.made_for.scheduler
     if levels is None:
         raise ValueError("this plan does not know its noise levels: calibrate it again")
+    if scheduler is not None and not scheduler.startswith("FlowMatch") and '"use_flow_sigmas": true' not in scheduler:
+        raise ValueError(
+            f"this plan was made for {scheduler.split()[0]}: only a plan for flow matching can be exported"
+        )
     levels = (*levels, 0.0)
     strides = [
         [float(f"{stride:.{DIGITS}g}") for stride in plan.strides(index, levels, index + 1)]

@@ -11,7 +11,7 @@ from ..adapters import adapter_of, transformers_of
 from ..handle import Handle
 from ..policy.rules import Decision
 from ..trace import Row
-from .conditions import Conditions, digest
+from .conditions import Conditions, digest, model_of
 from .plan import PlanConfig
 from .scheduler import PlanScheduler
 
@@ -110,14 +110,21 @@ class PlanHandle(Handle):
 
     def conditions(self) -> Conditions:
         """Model and guidance, as the pipeline has them now."""
-        transformer, guidance = getattr(self.pipe, "transformer", None), getattr(self.pipe, "guidance_scale", None)
+        model, guidance = model_of(self.pipe), getattr(self.pipe, "guidance_scale", None)
         return Conditions(
-            model=None if transformer is None else digest(transformer),
+            model=None if model is None else digest(model),
             guidance=None if guidance is None else float(guidance),
         )
 
     def note(self, steps: range, timesteps: Sequence[float], batch: int, is_first: bool) -> None:
-        """Add a row for each step and sample to the trace."""
+        """Add a row for each step and sample to the trace; called after each step of the scheduler.
+
+        Args:
+            steps: of the run, the computed one and the skipped ones after it.
+            timesteps: theirs.
+            batch: samples.
+            is_first: whether it is the first step of its run.
+        """
         if is_first:
             self._run = self._trace.begin_run({STAGE: self._blocks}, self._blocks)
         rows = self._trace.rows_of(self._run)

@@ -1,11 +1,10 @@
 """A plan as a diffusers scheduler: the pipeline's loop calls the model at the computed steps alone."""
 
 import copy
-import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -13,54 +12,40 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
-from .conditions import Conditions, described
+from .bases import FlowForm, check_base, class_of, has_own_step, kind_of
+from .conditions import Conditions, described, tokens_of
 from .plan import Plan
 
-BASE = FlowMatchEulerDiscreteScheduler.__name__
-
-
-class Watcher(Protocol):
-    """Whom a scheduler asks and tells about its runs; `h2cache.apply` sets one."""
-
-    def conditions(self) -> Conditions:
-        """What is known of a run that begins, beside what the scheduler sees."""
-
-    def note(self, steps: range, timesteps: Sequence[float], batch: int, is_first: bool) -> None:
-        """Called after each step of the scheduler.
-
-        Args:
-            steps: of the run, the computed one and the skipped ones after it.
-            timesteps: theirs.
-            batch: samples.
-            is_first: whether it is the first step of its run.
-        """
+if TYPE_CHECKING:
+    from .handle import PlanHandle
 
 
 class PlanScheduler(SchedulerMixin, ConfigMixin):
     """Computes the steps of a plan, and makes the skipped steps up to the next computed one in the same `step`.
 
-    A step of the run, from noise level sigma to the next, adds `(next sigma - sigma) * v` to the sample. At a computed
-    step v is the model's output. At a skipped one, and at a computed one for which the plan has weights, it is
-    `sum_k weights[k] * v_k`, where v_0 is the newest output. The sum is made in float32. A step without weights, and
-    with no skipped step after it, is the base scheduler's, bit for bit, where sample and output have one dtype. The
+    Sample, noise level and output are taken in the terms of flow matching (`plans/bases.py`), where a step of the run
+    from noise level tau to the next adds `(next tau - tau) * v` to the sample. At a computed step v is the model's
+    output. At a skipped one, and at a computed one with weights of the plan, it is `sum_k weights[k] * v_k`, where v_0
+    is the newest output. The sum is made in float32. A step without weights, and with no skipped step after it, is the
+    base scheduler's, bit for bit, where sample and output have one dtype; of a multistep base, that of first order. The
     output is taken as the pipeline hands it over, after guidance.
 
-    `timesteps` has the m computed timesteps, `sigmas` their noise levels and the last one; `begin_index` and
+    `timesteps` has the m computed timesteps, `sigmas` their noise's sigmas and the last one; `begin_index` and
     `step_index` count in these. `num_inference_steps` is the number of steps of the whole run. Where a run starts in
     the middle (image-to-image, inpainting), weights of outputs that were not computed fall on the newest. Pipelines
     find that start from the length of `timesteps`, so that a strength of 0.6 runs 60 % of the computed steps.
 
-    Between two calls of `step` at most `plan.history - 1` outputs are held, in the model's dtype: at FLUX.1-dev,
-    1024x1024, bfloat16, 0.5 MB an image for each of them. They are freed with the last step; those of a run that broke
-    off with the next `set_timesteps`. Like any scheduler it serves one run at a time.
+    Between two calls of `step` at most `plan.history - 1` outputs are held, in the model's dtype, or in float32 where
+    the base is not flow matching's. At FLUX.1-dev, 1024x1024, bfloat16, each is 0.5 MB an image. They are freed with
+    the last step; those of a run that broke off with the next `set_timesteps`. Like any scheduler it serves one run at
+    a time.
 
     The plan is in `config`, which also has all settings of the base scheduler. To load a saved pipeline with it, import
     this class first.
     """
 
-    base: FlowMatchEulerDiscreteScheduler
+    base: Any
     order = 1
-    init_noise_sigma = 1.0
 
     def __init__(
         self,
@@ -72,28 +57,27 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             plan: a Plan, its JSON as a dict, or the path of its file.
-            base: a FlowMatchEulerDiscreteScheduler, which is copied; by default one with diffusers' defaults.
+            base: a scheduler of one of the classes in `plans/bases.py`, which is copied; by default a
+                FlowMatchEulerDiscreteScheduler with diffusers' defaults.
             allow_transfer: see `PlanConfig`.
 
         Raises:
             TypeError: for another scheduler.
-            ValueError: for a scheduler that adds noise at each step, and for what is no plan.
+            ValueError: for a scheduler that adds noise at each step or is not linear, and for what is no plan.
         """
         if base is None:
             base = FlowMatchEulerDiscreteScheduler()
         elif isinstance(base, PlanScheduler):
             base = base.base
-        if getattr(type(base), "step", None) is not FlowMatchEulerDiscreteScheduler.step:
-            raise TypeError(f"a plan needs the steps of {BASE}, not of {type(base).__name__}")
-        if base.config.stochastic_sampling:
-            raise ValueError("a plan cannot follow a scheduler with stochastic_sampling=True, which adds noise")
+        check_base(base)
         self.base = copy.deepcopy(base)
         settings = {name: value for name, value in base.config.items() if not name.startswith("_")}
-        self.register_to_config(**settings, base_class=BASE)
+        self.register_to_config(**settings, base_class=kind_of(base).__name__)
         self.use(plan_of(plan), allow_transfer)
-        self.watcher: Watcher | None = None
+        self.watcher: PlanHandle | None = None
         self.num_inference_steps: int | None = None
-        self.timesteps, self.sigmas = self.base.timesteps, self.base.sigmas
+        self.timesteps: Tensor = self.base.timesteps
+        self.sigmas: Tensor = getattr(self.base, "sigmas", self.timesteps)  # of the run, once it has begun
         self._begin_index: int | None = None
         self._step_index: int | None = None
         self._counts_steps = False  # the caller knows the number of steps, and not that of `timesteps`
@@ -122,13 +106,11 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         own: dict[str, Any] = {"plan": None, "allow_transfer": False, "base_class": config.get("_class_name")}
         own |= {name: value for name, value in {**config, **changes}.items() if name in own}
         settings = {name: value for name, value in config.items() if name not in own and not name.startswith("_")}
-        foreign = settings.keys() - inspect.signature(FlowMatchEulerDiscreteScheduler).parameters.keys()
-        if own["base_class"] != BASE and (own["base_class"] is not None or foreign):
-            raise TypeError(f"a plan needs the steps of {BASE}, not of {own['base_class'] or 'another scheduler'}")
+        kind = class_of(own["base_class"], settings.keys())
         if own["plan"] is None:
             raise TypeError("this config has no plan: PlanScheduler.from_config(config, plan=plan)")
         others = {name: value for name, value in changes.items() if name not in own}
-        base, unused = FlowMatchEulerDiscreteScheduler.from_config(settings, return_unused_kwargs=True, **others)
+        base, unused = kind.from_config(settings, return_unused_kwargs=True, **others)
         made = cls(own["plan"], base, own["allow_transfer"])
         return (made, unused) if return_unused_kwargs else made
 
@@ -138,6 +120,11 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return len(self.base)
+
+    @property
+    def init_noise_sigma(self) -> float | Tensor:
+        """What noise is multiplied by to begin with."""
+        return getattr(self.base, "init_noise_sigma", 1.0)
 
     @property
     def begin_index(self) -> int | None:
@@ -171,16 +158,18 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         self.reset()
         self._begin_index = self._step_index = self.num_inference_steps = None
         # On the host, so that the strides are known without a read from the device.
-        self.base.set_timesteps(num_inference_steps, sigmas=sigmas, mu=mu, timesteps=timesteps)
-        self._levels = self.base.sigmas.tolist()
-        steps = len(self._levels) - 1
-        known = Conditions(scheduler=described(self.base), steps=steps, sigmas=tuple(self._levels[:-1]))
+        asked = {"sigmas": sigmas, "mu": mu, "timesteps": timesteps}
+        self.base.set_timesteps(num_inference_steps, **{name: each for name, each in asked.items() if each is not None})
+        self._form = FlowForm.of(self.base)
+        steps = self._form.steps
+        known = Conditions(scheduler=described(self.base), steps=steps, sigmas=self._form.levels[:-1])
         self._run_plan = self.plan.under(known, self.allow_transfer)
         if self.watcher is not None:
             self._run_plan.under(self.watcher.conditions(), self.allow_transfer)
         computed = list(self._run_plan.computed)
         self.timesteps = self.base.timesteps[computed].to(device)
-        self.sigmas = self.base.sigmas[[*computed, steps]].to(device)
+        self._scales = torch.tensor([self._form.scales[step] for step in (*computed, steps)])
+        self.sigmas = (torch.tensor([self._form.levels[step] for step in (*computed, steps)]) * self._scales).to(device)
         self.num_inference_steps = steps
         self._counts_steps = sigmas is None and timesteps is None
 
@@ -199,13 +188,19 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         self._begin_index = begin_index
 
     def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
-        """The place of a timestep in `timesteps`."""
-        return self.base.index_for_timestep(
-            timestep, self.timesteps if schedule_timesteps is None else schedule_timesteps
-        )
+        """The place of a timestep in `timesteps`; the second, where there are several, as in diffusers."""
+        timesteps = self.timesteps if schedule_timesteps is None else schedule_timesteps
+        return (timesteps == timestep).nonzero()[:2][-1].item()
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
+        """The sample as the model takes it, by the base scheduler."""
+        if not hasattr(self.base, "scale_model_input"):
+            return sample
+        self.base._step_index = self._run_plan.computed[self._next(timestep)]
+        return self.base.scale_model_input(sample, timestep)
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
-        """Clean samples with the noise of a timestep: `sigma * noise + (1 - sigma) * sample`.
+        """Clean samples with the noise of a timestep: `sigma * noise + alpha * sample`.
 
         Args:
             sample, noise: (B, ...).
@@ -216,9 +211,13 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             places = [self.index_for_timestep(each.to(self.timesteps.device)) for each in timestep]
         else:
             places = [self._begin_index if self._step_index is None else self._step_index] * len(timestep)
-        sigma = self.sigmas.to(sample.device, sample.dtype)[places]
-        sigma = sigma.view(-1, *[1] * (sample.ndim - 1))
-        return sigma * noise + (1.0 - sigma) * sample
+        sigma, scale = (each.to(sample.device, sample.dtype)[places] for each in (self.sigmas, self._scales))
+        sigma, scale = (each.view(-1, *[1] * (sample.ndim - 1)) for each in (sigma, scale))
+        return sigma * noise + (scale - sigma) * sample
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """`scale_noise`, as pipelines of other schedulers than flow matching's call it."""
+        return self.scale_noise(original_samples, timesteps, noise)
 
     def step(
         self,
@@ -226,6 +225,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         timestep: float | Tensor,
         sample: Tensor,
         generator: torch.Generator | None = None,
+        eta: float = 0.0,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
         """The sample at the next computed timestep, or at the end of the run.
@@ -235,12 +235,46 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             timestep: an entry of `timesteps`.
             sample: (B, ...), of which the result has shape and dtype.
             generator: not used; no noise is added.
+            eta: 0; a pipeline hands it on.
             return_dict: False for a tuple of one.
 
         Raises:
-            ValueError: before `set_timesteps`, after the last timestep, and where the first step shows another
-                resolution than the plan was made for.
+            ValueError: before `set_timesteps`, after the last timestep, for an eta, and where the first step shows
+                another resolution than the plan was made for.
         """
+        if eta:
+            raise ValueError(f"a plan cannot follow steps with eta={eta}, which add noise: it must be 0")
+        index = self._next(timestep)
+        if not self._has_begun:
+            self._run_plan.under(Conditions(image_tokens=tokens_of(sample)), self.allow_transfer)
+        steps, form = self._run_plan.segment(index), self._form
+        velocity = form.velocity(steps.start, sample, model_output)
+        if len(steps) == 1 and steps.start not in self._run_plan.weights and has_own_step(self.base):
+            self.base._step_index = steps.start
+            output = model_output.to(sample.dtype)
+            (moved, *_) = self.base.step(output, self.base.timesteps[steps.start], sample, return_dict=False)
+        else:
+            outputs = (velocity, *self._history)
+            moved, strides = (
+                form.scaled(steps.start, sample.float()),
+                self._run_plan.strides(index, form.levels, len(outputs)),
+            )
+            for stride, output in zip(strides, outputs, strict=False):
+                moved = torch.add(moved, output, alpha=stride)  # in float32, whatever the output has
+            moved = form.unscaled(steps.stop, moved)
+        is_last, is_first = index + 1 == len(self.timesteps), not self._has_begun
+        kept = 0 if is_last else self._run_plan.history - 1
+        # A copy: the output is the caller's, who may write to it.
+        self._history = (velocity.clone(), *self._history)[:kept] if kept else ()
+        self._step_index, self._has_begun = index + 1, True
+        if self.watcher is not None:
+            timesteps = self.base.timesteps[steps.start : steps.stop].tolist()
+            self.watcher.note(steps, timesteps, len(sample), is_first)
+        moved = moved.to(sample.dtype)
+        return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
+
+    def _next(self, timestep: float | Tensor) -> int:
+        """The place in `timesteps` of the step to come; see `step` for what is raised."""
         if self.num_inference_steps is None:
             raise ValueError("call set_timesteps before step")
         index = self._step_index if self._step_index is not None else self._begin_index
@@ -248,26 +282,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             index = self.index_for_timestep(timestep)
         if index >= len(self.timesteps):
             raise ValueError(f"the run of {len(self.timesteps)} timesteps is over: call set_timesteps for another")
-        if not self._has_begun and sample.ndim == 3:
-            self._run_plan.under(Conditions(image_tokens=sample.shape[1]), self.allow_transfer)
-        steps = self._run_plan.segment(index)
-        outputs = (model_output, *self._history)
-        if len(steps) == 1 and steps.start not in self._run_plan.weights:
-            moved = sample.float() + (self.sigmas[index + 1] - self.sigmas[index]) * model_output
-        else:
-            moved, strides = sample.float(), self._run_plan.strides(index, self._levels, len(outputs))
-            for stride, output in zip(strides, outputs, strict=False):
-                moved = torch.add(moved, output, alpha=stride)  # in float32, whatever the output has
-        is_last, is_first = index + 1 == len(self.timesteps), not self._has_begun
-        kept = 0 if is_last else self._run_plan.history - 1
-        # A copy: the output is the caller's, who may write to it.
-        self._history = (model_output.clone(), *self._history)[:kept] if kept else ()
-        self._step_index, self._has_begun = index + 1, True
-        if self.watcher is not None:
-            timesteps = self.base.timesteps[steps.start : steps.stop].tolist()
-            self.watcher.note(steps, timesteps, len(sample), is_first)
-        moved = moved.to(sample.dtype)
-        return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
+        return index
 
     def held_bytes(self) -> int:
         """Bytes of the outputs that are held at this moment."""

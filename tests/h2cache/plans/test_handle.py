@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from attachments import assert_same_inside, inside
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, UniPCMultistepScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, HeunDiscreteScheduler
 from pictures import own_pipeline, picture
 from plans import PLAN
 
@@ -142,8 +142,8 @@ def test_what_cannot_be_had_changes_nothing(pipe):
     assert pipe.scheduler is scheduler and not first.replaced
     first.remove()
     cache = h2cache.apply(pipe, BlockCacheConfig(threshold=0.3))
-    pipe.scheduler = UniPCMultistepScheduler(use_flow_sigmas=True)
-    with pytest.raises(TypeError, match="not of UniPCMultistepScheduler"):
+    pipe.scheduler = HeunDiscreteScheduler()
+    with pytest.raises(TypeError, match="not of HeunDiscreteScheduler"):
         h2cache.apply(pipe, CONFIG)
     assert interception_of(pipe.transformer) is not None
     cache.remove()
