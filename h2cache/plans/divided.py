@@ -23,7 +23,10 @@ class Divided(FlowMatchEulerDiscreteScheduler):
     def of(cls, scheduler: FlowMatchEulerDiscreteScheduler, parts: int) -> "Divided":
         """Each step of `scheduler` in so many parts. ValueError for a scheduler whose steps are not Euler's."""
         if getattr(type(scheduler), "step", None) is not FlowMatchEulerDiscreteScheduler.step:
-            raise ValueError(f"{type(scheduler).__name__} does not make Euler steps, which alone can be divided")
+            raise ValueError(
+                f"h2cache.calibrate got reference = 'converged' with {type(scheduler).__name__}: it needs "
+                f"{FlowMatchEulerDiscreteScheduler.__name__}, whose steps it divides; use reference='uncached'"
+            )
         made = cls.from_config(scheduler.config)
         made.parts = parts
         return made

@@ -1,43 +1,41 @@
 """Uncached runs of a pipeline, recorded so that cached ones can be tried without it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..adapters.block_call import select_rows
 from ..runtime.interception import interception_of
-from .conditions import Conditions, described, digest
+from .conditions import Conditions, described, digest, model_of, tokens_of
 from .promise import decibels
 
+if TYPE_CHECKING:
+    from .pipeline_loop import PipelineLoop
+
 DIGITS = 6  # significant ones of a noise level in a plan
-NEEDS_EULER = "h2cache.calibrate needs a scheduler that makes Euler steps, such as FlowMatchEulerDiscreteScheduler"
-TOLERANCE = 1e-2  # of one recorded step, relative, for Euler's rule to be recognised; bfloat16 rounds coarsely
+TOLERANCE = 1e-2  # of an output that is computed again, relative; bfloat16 rounds coarsely
 
 
 @dataclass
 class Trajectories:
-    """The runs of a few prompts, in batches.
+    """The runs of a few prompts, in batches. Latents, outputs and noise levels are in flow matching's terms
+    (`plans/bases.py`).
 
     Fields:
-        model: the transformer.
-        calls: for each batch the arguments of a call, apart from latents and timestep.
+        model: the output for some prompts (a slice of their places) at a step, for their latents.
         sizes: how many prompts each batch holds.
-        timesteps: of each step, (1,), as the call takes them.
         sigmas: noise levels, one more than steps.
-        latents: of the reference, before each step and after the last, (prompts, N, C).
+        latents: of the reference, before each step and after the last, (prompts, ...).
         grams: (prompts, 2 * steps + 1, 2 * steps + 1), inner products of the outputs at all steps and of the latents
             before all steps and after the last, less the first; for `PathCosts`.
-        decode: final latents to images in 0..1, (prompts, 3, H, W).
+        decode: final latents to images in 0..1, (prompts, 3, H, W), or to videos.
     """
 
-    model: Callable[..., Any]
+    model: Callable[[slice, int, Tensor], Tensor]
     conditions: Conditions
-    calls: list[dict[str, Any]]
     sizes: list[int]
-    timesteps: list[Tensor]
     sigmas: list[float]
     latents: list[Tensor]
     grams: Tensor
@@ -49,7 +47,7 @@ class Trajectories:
 
     @property
     def steps(self) -> int:
-        return len(self.timesteps)
+        return len(self.sigmas) - 1
 
     @torch.no_grad()
     def compute(self, step: int, latents: Tensor) -> Tensor:
@@ -59,8 +57,8 @@ class Trajectories:
 
     def compute_batch(self, batch: int, step: int, latents: Tensor) -> Tensor:
         """What the model returns at `step` for these latents of a batch, with a gradient where that is enabled."""
-        timestep = self.timesteps[step].expand(len(latents))
-        return self.model(**self.calls[batch], hidden_states=latents, timestep=timestep)[0]
+        start = sum(self.sizes[:batch])
+        return self.model(slice(start, start + len(latents)), step, latents)
 
     def advance(self, step: int, latents: Tensor, output: Tensor) -> Tensor:
         """The latents after `step`."""
@@ -77,13 +75,8 @@ class Trajectories:
         """Those of the first prompts, as one batch."""
         if count > self.sizes[0]:
             raise ValueError(f"{count} prompts do not fit into the first batch, of {self.sizes[0]}")
-        rows = torch.arange(count, device=self.latents[0].device)
-        call = {
-            name: value if name.endswith("_ids") else select_rows(value, rows, self.sizes[0])  # ids have no batch
-            for name, value in self.calls[0].items()
-        }
         latents = [each[:count] for each in self.latents]
-        return replace(self, calls=[call], sizes=[count], latents=latents, grams=self.grams[:count])
+        return replace(self, sizes=[count], latents=latents, grams=self.grams[:count])
 
     @torch.no_grad()
     def decibels(self, latents: Tensor) -> Tensor:
@@ -109,62 +102,69 @@ def record(
             the steps begin is recorded: these are latents on the way to the converged solution.
 
     Raises:
-        ValueError: where it does not call its transformer once a step, or its scheduler's step is not Euler's.
+        TypeError: where no plan can follow the pipeline's scheduler.
+        ValueError: where the scheduler's settings do not allow it, the pipeline has a cache or a plan, or a step of it
+            depends on more than latents and timestep.
     """
-    from .divided import Divided  # only here: diffusers' schedulers take long to import
+    from .bases import FlowForm, check_base  # only here: diffusers' schedulers take long to import
+    from .divided import Divided
+    from .pipeline_loop import PipelineLoop
     from .scheduler import PlanScheduler
 
-    if interception_of(pipe.transformer) is not None or isinstance(pipe.scheduler, PlanScheduler):
+    model = model_of(pipe)
+    if isinstance(pipe.scheduler, PlanScheduler) or (model is not None and interception_of(model) is not None):
         raise ValueError(
             "h2cache.calibrate needs the uncached pipeline: remove the cache or the plan that it has first"
         )
-    own, seen = pipe.scheduler, _Calls(parts)
-    if parts > 1:
-        pipe.scheduler = Divided.of(own, parts)
-    hook = pipe.transformer.register_forward_hook(seen, with_kwargs=True)
-    calls, sizes, latents, final, grams = [], [], [], [], []
-    try:
-        for start in range(0, len(prompts), batch_size):
-            part = list(prompts[start : start + batch_size])
-            seen.clear()
-            generators = [torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(part))]
-            final.append(
-                pipe(part, generator=generators, num_inference_steps=steps, output_type="latent", **call_arguments)[0]
-            )
-            if seen.count != steps * parts:
-                raise ValueError(
-                    f"h2cache.calibrate saw {seen.count} calls of the transformer in {steps * parts} steps: it needs "
-                    "one a step (calibrate without true_cfg_scale; the plan serves both branches)"
-                )
-            calls.append(seen.arguments)
-            sizes.append(len(part))
-            latents.append(list(seen.latents))
-            grams.append(_gram(seen.outputs, [*seen.latents, final[-1]]))
-        used = pipe.scheduler
-    finally:
-        hook.remove()
-        pipe.scheduler = own
-    sigmas = used.sigmas.tolist()[-steps * parts - 1 :]
-    first_stride, sigmas = sigmas[1] - sigmas[0], sigmas[::parts]
-    whole = [torch.cat(parts) for parts in zip(*latents, strict=True)] + [torch.cat(final)]
-    guidance = getattr(pipe, "guidance_scale", None)
-    levels = tuple(float(f"{sigma:.{DIGITS}g}") for sigma in sigmas[:-1])
-    model, scheduler = digest(pipe.transformer), described(pipe.scheduler)
-    conditions = Conditions(model, scheduler, steps, guidance, whole[0].shape[1], levels)
-    trajectories = Trajectories(
-        model=pipe.transformer,
-        conditions=conditions,
-        calls=calls,
-        sizes=sizes,
-        timesteps=seen.timesteps,
-        sigmas=sigmas,
-        latents=whole,
-        grams=torch.cat(grams),
-        decode=decoder(pipe, call_arguments),
+    check_base(pipe.scheduler)
+    scheduler = pipe.scheduler if parts == 1 else Divided.of(pipe.scheduler, parts)
+    loop = PipelineLoop(pipe, prompts, steps, seed, call_arguments)
+    recorded, sizes, grams = [], [], []
+    for start in range(0, len(prompts), batch_size):
+        rows = slice(start, min(start + batch_size, len(prompts)))
+        samples, outputs, used = loop.run(rows, scheduler)
+        samples, outputs, form = samples[::parts], outputs[::parts], FlowForm.of(used).every(parts)
+        if not start:
+            _check_replay(loop, rows, samples, outputs)
+        latents = [form.scaled(step, sample) for step, sample in enumerate(samples)]
+        velocities = [form.velocity(step, samples[step], output) for step, output in enumerate(outputs)]
+        recorded.append(latents)
+        sizes.append(rows.stop - rows.start)
+        grams.append(_gram(velocities, latents))
+    dtype, guidance = samples[0].dtype, getattr(pipe, "guidance_scale", None)
+    conditions = Conditions(
+        model=None if model is None else digest(model),
+        scheduler=described(pipe.scheduler),
+        steps=steps,
+        guidance=guidance,
+        image_tokens=tokens_of(samples[0]),
+        sigmas=tuple(float(f"{level:.{DIGITS}g}") for level in form.levels[:-1]),
     )
-    last = slice(-sizes[-1], None)
-    _check_euler(whole[0][last], first_stride, seen)
-    return trajectories
+
+    def velocity(rows: slice, step: int, latents: Tensor) -> Tensor:
+        sample = form.unscaled(step, latents).to(dtype)
+        return form.velocity(step, sample, loop.output(rows, step, sample))
+
+    return Trajectories(
+        model=velocity,
+        conditions=conditions,
+        sizes=sizes,
+        sigmas=list(form.levels),
+        latents=[torch.cat(batches) for batches in zip(*recorded, strict=True)],
+        grams=torch.cat(grams),
+        decode=lambda latents: loop.decoded(form.unscaled(steps, latents).to(dtype)),
+    )
+
+
+def _check_replay(loop: "PipelineLoop", rows: slice, samples: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    """Whether a step that is run by itself has the output that it had in the whole run."""
+    step = min(1, len(outputs) - 1)
+    again = loop.output(rows, step, samples[step]).float() - outputs[step].float()
+    if again.norm() > TOLERANCE * outputs[step].float().norm():
+        raise ValueError(
+            f"h2cache.calibrate cannot run step {step} of this {type(loop.pipe).__name__} by itself: its output must "
+            "depend on latents, timestep and the call's arguments alone"
+        )
 
 
 def _gram(outputs: Sequence[Tensor], latents: Sequence[Tensor]) -> Tensor:
@@ -173,59 +173,3 @@ def _gram(outputs: Sequence[Tensor], latents: Sequence[Tensor]) -> Tensor:
     first = vectors[len(outputs)]
     rows = torch.stack(vectors[: len(outputs)] + [each - first for each in vectors[len(outputs) :]], dim=1)
     return (rows @ rows.mT).cpu()
-
-
-class _Calls:
-    """Listens to the calls of a transformer, and keeps what every `every`-th began with."""
-
-    def __init__(self, every: int) -> None:
-        self.every = every
-        self.clear()
-
-    def clear(self) -> None:
-        self.count = 0
-        self.latents: list[Tensor] = []
-        self.timesteps: list[Tensor] = []
-        self.arguments: dict[str, Any] = {}
-        self.outputs: list[Tensor] = []
-        self.second_latents: Tensor | None = None
-
-    def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        if args:
-            raise ValueError("h2cache.calibrate works with pipelines that call their transformer with keywords")
-        own = dict(kwargs)
-        latents, timestep = own.pop("hidden_states"), own.pop("timestep")[:1]
-        self.arguments = own
-        if self.count % self.every == 0:
-            self.latents.append(latents)
-            self.timesteps.append(timestep)
-            self.outputs.append(output[0])
-        if self.count == 1:
-            self.second_latents = latents
-        self.count += 1
-
-
-def _check_euler(before: Tensor, stride: float, seen: _Calls) -> None:
-    """Whether the first step of a batch from the latents `before` is Euler's, of this length in noise levels."""
-    if seen.second_latents is None:
-        return
-    moved = seen.second_latents.float() - before.float()
-    if (moved - stride * seen.outputs[0].float()).norm() > TOLERANCE * moved.norm():
-        raise ValueError(NEEDS_EULER)
-
-
-def decoder(pipe: Any, call_arguments: dict[str, Any], at_once: int = 4) -> Callable[[Tensor], Tensor]:
-    """From final latents to pixels in 0..1 as the pipeline decodes them, (prompts, 3, H, W), `at_once` at a time."""
-    height, width = call_arguments["height"], call_arguments["width"]
-    vae = pipe.vae
-
-    def decode(latents: Tensor) -> Tensor:
-        def images() -> Iterator[Tensor]:
-            for part in latents.split(at_once):
-                unpacked = pipe._unpack_latents(part, height, width, pipe.vae_scale_factor)
-                scaled = unpacked / vae.config.scaling_factor + vae.config.shift_factor
-                yield (vae.decode(scaled.to(vae.dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
-
-        return torch.cat(list(images()))
-
-    return decode

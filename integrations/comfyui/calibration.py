@@ -62,14 +62,14 @@ def sample_and_calibrate(
         raise ValueError("a plan is calibrated on a whole run of a flow model, whose sigmas fall from at most 1 to 0")
     count = computed_steps(budget, steps)
 
-    def output(hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor]:
-        denoised = model(hidden_states, timestep, **(extra_args or {}))
-        return ((hidden_states.float() - denoised.float()) / timestep[0],)
+    def output(rows: slice, step: int, latents: Tensor) -> Tensor:
+        denoised = model(latents, sigmas[step].expand(len(latents)), **(extra_args or {}))
+        return (latents.float() - denoised.float()) / sigmas[step]
 
     latents, outputs = [x], []
     for i in trange(steps, disable=disable):
         x = latents[-1]
-        outputs.append(output(x, sigmas[i].expand(len(x)))[0])
+        outputs.append(output(slice(0, len(x)), i, x))
         if callback is not None:
             denoised = x - sigmas[i] * outputs[-1]
             callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
@@ -79,9 +79,7 @@ def sample_and_calibrate(
     runs = Trajectories(
         model=output,
         conditions=Conditions(steps=steps, sigmas=tuple(levels[:-1])),
-        calls=[{}],
         sizes=[len(x)],
-        timesteps=list(sigmas[:-1, None]),
         sigmas=levels,
         latents=latents,
         grams=grams,

@@ -78,6 +78,6 @@ def test_where_it_does_not_help_others_nothing_is_changed(runs, fitted):
     )
 
 
-def test_the_model_is_left_without_gradients(runs, fitted):
+def test_the_model_is_left_without_gradients(tiny_pipe, runs, fitted):
     polish(runs, COMPUTED, fitted, 3, rounds=2)
-    assert all(parameter.grad is None for parameter in runs.model.parameters())
+    assert all(parameter.grad is None for parameter in tiny_pipe.transformer.parameters())
