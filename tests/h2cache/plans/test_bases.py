@@ -266,7 +266,7 @@ def drawn(pipe, prompts, call, plan: Plan | None = None) -> torch.Tensor:
         ("dit", DDIMScheduler(prediction_type="v_prediction", **UNCLIPPED)),
         ("dit", DPMSolverMultistepScheduler(beta_end=0.002)),
         ("wan", None),  # UniPC with flow sigmas; two calls a step
-        ("qwen-image", None),  # two calls a step, combined by their norms
+        ("qwen-image", None),  # two calls a step, combined by their norms; a negative prompt for each prompt
         ("sd3", None),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,

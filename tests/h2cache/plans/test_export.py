@@ -12,6 +12,7 @@ from tiny import TEXT_TOKENS
 import h2cache
 from h2cache import Plan, PlanConfig
 from h2cache.plans import export
+from h2cache.plans.conditions import Conditions
 from h2cache.plans.reference_sampler import sample
 
 STEPS = 9
@@ -75,5 +76,8 @@ def test_a_plan_without_noise_levels_cannot_be_exported():
     for _, form in export.FORMATS:
         with pytest.raises(ValueError, match="noise levels"):
             form(PLAN)
+    for_sdxl = Plan(Conditions(steps=1, scheduler='EulerDiscreteScheduler {"beta_end": 0.02}', sigmas=(0.9,)), (0,), {})
+    with pytest.raises(ValueError, match="made for EulerDiscreteScheduler: only a plan for flow matching"):
+        export.table(for_sdxl)
     euler = Plan.adams_bashforth(4, order=1)
     assert export.table(euler) == {"sigmas": [1.0, 0.75, 0.5, 0.25, 0.0], "strides": [[-0.25]] * 4}
