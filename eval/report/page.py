@@ -28,6 +28,7 @@ from h2cache.eval.report.results import Artifact, Results
 from h2cache.eval.report.webtable import WebTable, web_table
 
 TEMPLATES = Path(__file__).with_name("templates")
+SCRIPTS = ("report.js", "ballot.js", "films.js")  # one after the other
 IMAGE_BUDGET = 8_000_000  # bytes of compressed images to compare; a page three quarters of which is theirs still mails
 WHOLE_FIGURE = 600_000  # bytes up to which a figure is on the page as it is on disk
 FIGURE_WIDTH = 1600  # pixels of larger ones
@@ -91,7 +92,7 @@ def _page(
         }
         for (each, artifacts), comparison in zip(results, compared, strict=True)
     ]
-    style, script = _asset("report.css"), _asset("report.js") + _asset("ballot.js").removeprefix('"use strict";\n')
+    style, script = _asset("report.css"), "".join(map(_asset, SCRIPTS))
     first = results[0][0]
     facts = {"model": first.model, "machine": first.machine, "command": first.command} | dict(environment)
     loader = jinja2.FileSystemLoader(TEMPLATES)

@@ -14,6 +14,8 @@ from measured import SIZE, grid, picture, results, row
 from PIL import Image
 
 from h2cache.eval.errors import UserError
+from h2cache.eval.generation.videos import filmstrip, notes_of
+from h2cache.eval.models.pipelines import DiffusersModelConfig
 from h2cache.eval.report import page
 from h2cache.eval.report.figures import Frontier, HeatMap
 from h2cache.eval.report.results import BASELINE, Artifact
@@ -46,9 +48,33 @@ def table(folder: Path) -> Artifact:
     return TABLE.write(pd.DataFrame(TABLE.rows, columns=TABLE.header), folder, "summary", "experiment")
 
 
+FRAMES = 5
+FILMS = {BASELINE: (50.0, 0), "H2-Cache, a": (25.0, 3), "H2-Cache, b": (12.0, 6), "Euler": (12.5, 9)}
+
+
+def level(prompt: int, setting: str, frame: int) -> int:
+    """What every pixel of that frame is."""
+    return 40 * frame + 7 * prompt + FILMS[setting][1]
+
+
+def videos(folder: Path):
+    """Two prompts by FILMS: (evaluations, how much brighter than the baseline)."""
+    rows = []
+    for prompt in range(2):
+        for setting, (evaluations, _) in FILMS.items():
+            method = setting.partition(",")[0]
+            made = row(folder, setting, method, f"film{prompt}", f"film {prompt}", 2.0, evaluations=evaluations)
+            film = filmstrip([Image.new("RGB", (32, 16), (level(prompt, setting, k),) * 3) for k in range(FRAMES)])
+            film.save(made["image"], pnginfo=notes_of(film))
+            rows.append(made)
+    size = {"height": 16, "width": 32, "num_inference_steps": 50, "num_frames": FRAMES, "fps": 10}
+    model = DiffusersModelConfig(path=".", hub_id=None, dtype="float32", device="cpu", offload="none", **size)
+    return results(rows, model_config=model)
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Path:
-    """A page of two experiments, one of them hostile in every word that comes from outside."""
+    """A page of three experiments: images, hostile in every word that comes from outside, videos."""
     folder = tmp_path_factory.mktemp("results with a space")
     measured = grid(folder)
     figures = [output.make(measured, folder) for output in (HeatMap(), Frontier())]
@@ -67,7 +93,8 @@ def report(tmp_path_factory) -> Path:
     )
     drawn = Frontier(name="second", title=HOSTILE).make(hostile, folder)
     target = folder / "report.html"
-    page.write([(measured, [table(folder), *figures]), (hostile, [drawn])], ENVIRONMENT, target)
+    shown = [(measured, [table(folder), *figures]), (hostile, [drawn]), (videos(folder), [])]
+    page.write(shown, ENVIRONMENT, target)
     return target
 
 
@@ -220,6 +247,110 @@ def test_prompt_and_sides_are_chosen(opened):
         assert np.mean(shown.getpixel((22, 10))) == pytest.approx(brightness(shift), abs=12)
 
 
+def films(browser_page) -> list[int | None]:
+    """The level of gray that every method's canvas shows, each of one colour; None for a hidden one."""
+    return browser_page.locator("#films-3").evaluate(
+        """films => [...films.querySelectorAll('canvas')].map(canvas => {
+        if (canvas.hidden) return null;
+        const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
+        const [first] = data;
+        if (data.some((value, k) => value !== (k % 4 === 3 ? 255 : first))) throw new Error('not of one colour');
+        return first; })"""
+    )
+
+
+def wait_for_films(browser_page, prompt: int, frame: int, settings) -> None:
+    """Wait until the films show that frame, pixel for pixel."""
+    wanted = [level(prompt, setting, frame) for setting in settings]
+    browser_page.wait_for_timeout(50)
+    for _ in range(40):
+        if films(browser_page) == wanted:
+            return
+        browser_page.wait_for_timeout(50)
+    assert films(browser_page) == wanted
+
+
+QUARTER = (BASELINE, "H2-Cache, b", "Euler")  # of the baseline's 50 evaluations, and nearest to that
+
+
+def test_videos_show_one_frame_of_every_method(opened):
+    browser_page = opened()
+    player = browser_page.locator("#films-3")
+    wait_for_films(browser_page, 0, 0, QUARTER)
+    assert player.locator(".frame-number").text_content() == "frame 1 of 5"
+    player.locator(".frame").fill("3")
+    wait_for_films(browser_page, 0, 3, QUARTER)
+    player.locator(".prompt-choice").select_option(index=1)
+    wait_for_films(browser_page, 1, 3, QUARTER)
+    assert player.locator(".prompt").text_content() == "film 1"
+    player.locator(".work").select_option("a half of the baseline's")
+    wait_for_films(browser_page, 1, 3, (BASELINE, "H2-Cache, a", "Euler"))
+    player.locator(".film select").nth(1).select_option("H2-Cache, b")
+    wait_for_films(browser_page, 1, 3, QUARTER)
+    assert "pixel for pixel" in player.inner_text()
+
+
+def test_videos_show_what_differs(opened):
+    browser_page = opened()
+    wait_for_films(browser_page, 0, 0, QUARTER)
+    difference = browser_page.get_by_label("Difference from Baseline")
+    difference.check()
+    browser_page.locator("#films-3 .frame").fill("2")
+    base = level(0, BASELINE, 2)
+    assert films(browser_page) == [base, *(4 * (level(0, name, 2) - base) for name in QUARTER[1:])]
+    difference.uncheck()
+    wait_for_films(browser_page, 0, 2, QUARTER)
+
+
+def test_videos_follow_the_keyboard(opened):
+    browser_page = opened()
+    player = browser_page.locator("#films-3")
+    wait_for_films(browser_page, 0, 0, QUARTER)
+    player.focus()
+    for key, frame in (("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("ArrowLeft", 0), ("ArrowLeft", 4)):
+        browser_page.keyboard.press(key)
+        wait_for_films(browser_page, 0, frame, QUARTER)
+    play = player.locator(".play")
+    browser_page.keyboard.press("Space")
+    assert play.text_content() == "Pause"
+    browser_page.keyboard.press("ArrowRight")
+    assert play.text_content() == "Play", "a step stops it"
+    play.focus()
+    browser_page.keyboard.press("Space")
+    assert play.text_content() == "Pause", "the button takes the key itself, once"
+    player.locator(".difference").focus()
+    browser_page.keyboard.press("Space")
+    assert player.locator(".difference").is_checked() and play.text_content() == "Pause"
+
+
+def test_videos_play_in_step_at_their_speed(opened):
+    """All films are at the same frame whenever one looks, every frame comes, and the last is followed by the first."""
+    browser_page = opened()
+    wait_for_films(browser_page, 0, 0, QUARTER)
+    player = browser_page.locator("#films-3")
+    seen = {}
+    for speed in ("½", "2"):
+        player.locator(".speed").select_option(speed)
+        seen[speed] = player.evaluate(
+            """async films => {
+            const canvases = [...films.querySelectorAll('canvas')];
+            const levels = () => canvases.map(canvas => canvas.getContext('2d').getImageData(0, 0, 1, 1).data[0]);
+            films.querySelector('.play').click();
+            const seen = [], until = performance.now() + 1100;
+            while (performance.now() < until) {
+                await new Promise(requestAnimationFrame);
+                if (String(seen.at(-1)) !== String(levels())) seen.push(levels());
+            }
+            films.querySelector('.play').click();
+            return seen; }"""
+        )
+    whole = [[level(0, name, frame) for name in QUARTER] for frame in range(FRAMES)]
+    assert all(each in whole for each in seen["½"] + seen["2"])
+    assert 5 <= len(seen["½"]) <= 8  # 10 frames a second at speed 1
+    assert len(seen["2"]) > 1.5 * len(seen["½"])
+    assert all(frame in seen["2"] for frame in whole)
+
+
 def test_what_comes_from_outside_stays_text(opened):
     browser_page = opened()
     assert browser_page.locator("img[src=x], section b").count() == 0
@@ -283,7 +414,8 @@ def test_the_page_never_scrolls_sideways(opened, width):
 def test_every_entry_of_the_contents_leads_somewhere(opened):
     browser_page = opened()
     targets = [link.get_attribute("href") for link in browser_page.locator("nav a").all()]
-    assert len(targets) == 11  # two experiments, a table, three figures, two comparisons, two ballots, the environment
+    # Three experiments, a table, three figures, two comparisons, two ballots, the videos, the environment.
+    assert len(targets) == 13
     assert all(browser_page.locator(f"[id='{target[1:]}']").count() == 1 for target in targets)
 
 
@@ -344,6 +476,18 @@ def test_an_image_of_two_experiments_is_there_once(tmp_path):
     page.write([(measured, []), (measured, [])], {}, tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert text.count("data:image/webp") == len(measured.frame)
+
+
+def test_large_videos_are_compressed_and_the_page_says_so(tmp_path):
+    measured = videos(tmp_path)
+    for path in measured.frame["image"]:
+        film = filmstrip([Image.new("RGB", (600, 400))] * FRAMES)
+        film.save(path, pnginfo=notes_of(film))
+    page.write([(measured, [])], {}, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "pixel for pixel" not in text and "Frames are compressed" in text
+    source = re.search(r'"data:image/webp;base64,([^"]+)"', text)[1]
+    assert Image.open(BytesIO(base64.b64decode(source))).size == (3 * 256, 2 * 171)
 
 
 def test_missing_images_are_not_compared(tmp_path):

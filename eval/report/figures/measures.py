@@ -28,7 +28,14 @@ LABELS = {
     "vae_seconds": "VAE, s",
     "peak_memory_bytes": "peak memory, GB",
 }
-FORMS = {"psnr": ".1f", "evaluations": ".1f", "computed_fraction": "%"}  # shorter than in tables
+FORMS = {  # shorter than in tables
+    "psnr": ".1f",
+    "psnr_frames": ".1f",
+    "psnr_worst_frame": ".1f",
+    "flicker": ".2f",
+    "evaluations": ".1f",
+    "computed_fraction": "%",
+}
 FIELD_LABELS = {"tau1": "τ₁", "tau2": "τ₂", "sigma": "σ"}
 
 

@@ -1,5 +1,3 @@
-"use strict";
-
 // Blind preference: pairs of a method's image and the baseline's, in random order and on random sides. Names are not in
 // the ballot; they appear with the result. Votes live in this page: exported as a file, imported from any number of them.
 for (const element of document.querySelectorAll(".blind")) {
