@@ -156,7 +156,9 @@ def calibrate(
 @app.command()
 def demo(
     fields: Fields = None,
-    model: Model = "flux-mini",
+    model: Annotated[
+        list[str] | None, typer.Option("--model", "-m", help="As in generate; may be given again. [default: embedded]")
+    ] = None,
     host: Annotated[
         str, typer.Option(help="The address to listen at; 0.0.0.0: at all of this machine's.")
     ] = "127.0.0.1",
@@ -166,7 +168,9 @@ def demo(
 ) -> None:
     """Serve a page on which a method's fields are turned and their effect is seen."""
     _needs("demo", "gradio", "datasets", "matplotlib", "scipy", "jinja2")
-    _code("demo.app").main([*_models().overrides(model), *(fields or ())], host, port)
+    page = _code("demo.app")
+    chosen = model or page.embedded()
+    page.main([[*_models().overrides(name), *(fields or ())] for name in chosen], host, port)
 
 
 @app.command()

@@ -4,10 +4,13 @@ What a visitor draws is theirs: it is kept in the session and in the page. All s
 picture at a time. Text that a visitor types is shown escaped.
 """
 
+import base64
 import math
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from html import escape
 from itertools import product
@@ -18,19 +21,20 @@ import gradio as gr
 import numpy as np
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
+from PIL import Image
 from rich.console import Console
 
 from h2cache import PlanConfig
 from h2cache.eval.cli import arguments as commandline
 from h2cache.eval.cli import terminal
-from h2cache.eval.cli.draw import STOP_SIGN
 from h2cache.eval.demo.controls import changed, controls, fields_of
-from h2cache.eval.demo.studio import Run, Studio, Task, difference_map
+from h2cache.eval.demo.studio import GAIN, Run, Studio, Task, difference_map, film
 from h2cache.eval.errors import UserError
-from h2cache.eval.metrics.images import psnr
+from h2cache.eval.models.pipelines import find_folder
 from h2cache.eval.models.schedulers import NAMES as SOLVERS
 
 PROGRAM = "h2cache demo"
+EMBEDDED = ("flux-mini", "hunyuan-mini")
 FIRST_CHOICES = ("balanced", "h2cache")
 TAU1, TAU2 = "0.03, 0.05, 0.1, 0.15", "0.05, 0.1, 0.15, 0.25"
 MOST_CELLS = 100
@@ -38,6 +42,7 @@ EVALUATIONS = 12  # of each solver, as of the plan flux-mini-4
 FEWER = "times fewer evaluations"
 COLUMNS = ("way", "steps", "evaluations", "PSNR", "denoising", "speedup")
 HIDDEN = {"api_visibility": "private"}
+BETWEEN = 0.25  # seconds between two messages on how far a picture is
 PROGRESS = gr.Progress()  # a default of this kind is gradio's way to hand each call its own
 FILES_KEPT = 3600  # seconds that pictures stay on disk
 STYLE = """
@@ -48,6 +53,7 @@ STYLE = """
 .wide {overflow-x: auto}
 .wide td {white-space: nowrap; padding-right: 14px}
 .headline {display: flex; flex-wrap: wrap; gap: 6px 28px; margin-bottom: 8px}
+.film video {width: 100%}
 .picture .image-frame {width: 100%}
 .picture img {width: 100%; max-width: 480px; margin: auto; object-fit: contain}
 .headline b {display: block; font-size: 1.5em; line-height: 1.2}
@@ -62,19 +68,26 @@ class Kept:
     run: Run
 
 
-def main(overrides: Sequence[str], host: str, port: int | None) -> None:
+def embedded() -> list[str]:
+    """The models of this repository that the page is for; of later ones those whose weights are there."""
+    first, *others = EMBEDDED
+    return [first, *(name for name in others if find_folder(f"assets/{name}", "model_index.json"))]
+
+
+def main(models: Sequence[Sequence[str]], host: str, port: int | None) -> None:
     """Serve the page until Ctrl-C. Exit code 2 for what the user can put right.
 
     Args:
-        overrides: for configs/run.yaml.
+        models: for each of them the overrides of configs/run.yaml.
         host: the address to listen at.
         port: None: the first free one from 7860.
     """
     commandline.prepare()
     try:
         with Console(stderr=True, highlight=False).status("loading the model"):
-            studio = Studio.opened(overrides)
-        serve(studio, host, port)
+            busy = threading.Lock()
+            studios = [Studio.opened(overrides, busy) for overrides in models]
+        serve(studios, host, port)
     except (UserError, OSError) as error:  # OSError: the port is taken
         commandline.fail(str(error), PROGRAM)
     except KeyboardInterrupt:
@@ -83,13 +96,13 @@ def main(overrides: Sequence[str], host: str, port: int | None) -> None:
         commandline.fail(commandline.explain(error, PROGRAM, "give one value"), PROGRAM)
 
 
-def serve(studio: Studio, host: str, port: int | None, in_background: bool = False) -> gr.Blocks:
+def serve(studios: Sequence[Studio], host: str, port: int | None, in_background: bool = False) -> gr.Blocks:
     """The page, at work at this address.
 
     Args:
         in_background: return while it serves; `close()` ends it.
     """
-    page = Page(studio).blocks()
+    page = _blocks(studios)
     page.queue(default_concurrency_limit=8)  # visitors wait for the pipeline, and see that they do
     page.launch(
         server_name=host,
@@ -103,37 +116,45 @@ def serve(studio: Studio, host: str, port: int | None, in_background: bool = Fal
     return page
 
 
+def _blocks(studios: Sequence[Studio]) -> gr.Blocks:
+    """The whole page, not yet served: a tab for each model where there are several."""
+    with gr.Blocks(
+        title="H2-Cache", analytics_enabled=False, delete_cache=(FILES_KEPT, FILES_KEPT), fill_width=False
+    ) as blocks:
+        gr.HTML("<h1>H2-Cache</h1>")
+        for studio in studios:
+            with gr.Tab(studio.name) if len(studios) > 1 else nullcontext():
+                Page(studio).make()
+    return blocks
+
+
 class Page:
-    """The page's parts and what they do."""
+    """What there is of one model, and what it does."""
 
     def __init__(self, studio: Studio):
         self._studio = studio
 
-    def blocks(self) -> gr.Blocks:
-        """The whole page, not yet served."""
+    def make(self) -> None:
+        """Put it where the page is being made."""
         studio = self._studio
-        with gr.Blocks(
-            title="H2-Cache", analytics_enabled=False, delete_cache=(FILES_KEPT, FILES_KEPT), fill_width=False
-        ) as blocks:
-            gr.HTML(f"<h1>H2-Cache</h1>{escape(studio.title)}")
-            with gr.Row():
-                with gr.Column(scale=3, min_width=280):
-                    prompt = gr.Textbox(STOP_SIGN, label="prompt", lines=2, max_lines=6)
-                with gr.Column(scale=2, min_width=280):
-                    with gr.Row():
-                        seed = gr.Number(0, precision=0, minimum=0, label="seed", min_width=100)
-                        steps = gr.Slider(1, max(100, studio.steps), studio.steps, step=1, label="steps", min_width=160)
-            takes_picture = studio.model.picture_argument is not None
-            picture = gr.Image(type="filepath", label="picture", format="png", visible=takes_picture)
-            task = [prompt, seed, steps, picture]
-            kept = gr.State(None)
-            with gr.Tab("Compare"):
-                self._compare(task, kept)
-            with gr.Tab("Sweep"):
-                self._sweep(task, kept)
-            with gr.Tab("Plans and solvers"):
-                self._ways(task, kept)
-        return blocks
+        gr.HTML(escape(studio.title))
+        with gr.Row():
+            with gr.Column(scale=3, min_width=280):
+                prompt = gr.Textbox(studio.first_prompt, label="prompt", lines=2, max_lines=6)
+            with gr.Column(scale=2, min_width=280):
+                with gr.Row():
+                    seed = gr.Number(0, precision=0, minimum=0, label="seed", min_width=100)
+                    steps = gr.Slider(1, max(100, studio.steps), studio.steps, step=1, label="steps", min_width=160)
+        takes_picture = studio.model.picture_argument is not None
+        picture = gr.Image(type="filepath", label="picture", format="png", visible=takes_picture)
+        task = [prompt, seed, steps, picture]
+        kept = gr.State(None)
+        with gr.Tab("Compare"):
+            self._compare(task, kept)
+        with gr.Tab("Sweep"):
+            self._sweep(task, kept)
+        with gr.Tab("Plans and solvers"):
+            self._ways(task, kept)
 
     def _compare(self, task: list[Any], kept: gr.State) -> None:
         methods = self._studio.methods
@@ -143,13 +164,7 @@ class Page:
                 method = gr.Dropdown(list(methods), value=first, label="method")
                 fields = gr.Column()
             with gr.Column(scale=3, min_width=280):
-                images = gr.ImageSlider(
-                    label="left: without a cache; right: with it",
-                    type="pil",
-                    interactive=False,
-                    elem_classes="pair",
-                    format="png",
-                )
+                shown = gr.HTML(elem_classes="film") if self._studio.model.makes_videos else _slider()
                 facts = gr.HTML(elem_classes="facts")
         with gr.Row():
             with gr.Column(scale=3, min_width=280):
@@ -161,15 +176,17 @@ class Page:
 
         def draw(
             kept: Kept | None, progress: gr.Progress, name: str, task: Sequence[Any], values: Mapping[str, Any]
-        ) -> tuple[Any, ...]:
+        ) -> Iterator[tuple[Any, ...]]:
             with _told():
                 wanted = _task(*task)
-                kept = self._baseline(kept, wanted, progress)
                 config = changed(methods[name], dict(values))
                 run = self._studio.draw(wanted, config, on_step=_onto(progress, name))
-                shown = (kept.run.picture, run.picture)
-                table = _facts(wanted, run, kept.run)
-                return kept, shown, table, self._studio.decisions(run), difference_map(*reversed(shown))
+                if kept is None or kept.task != wanted:  # what the cache drew first: a second or more before the other
+                    drawn = _table({"drawn": _what(wanted), "with the cache": terminal.timing(run.drawing)}.items())
+                    yield kept, self._shown(run), drawn, None, None
+                kept = self._baseline(kept, wanted, progress)
+                shown, table = self._shown(run, kept.run), _facts(wanted, run, kept.run)
+                yield kept, shown, table, self._studio.decisions(run), difference_map(run.picture, kept.run.picture)
 
         with fields:
 
@@ -181,16 +198,16 @@ class Page:
                 with gr.Accordion("other fields", open=False):
                     made |= controls(methods[name], others)
 
-                def turned(kept: Kept | None, progress: gr.Progress = PROGRESS, *given: Any) -> tuple[Any, ...]:
+                def turned(kept: Kept | None, progress: gr.Progress = PROGRESS, *given: Any) -> Iterator:
                     values = dict(zip(made, given[len(task) :], strict=True))
-                    return draw(kept, progress, name, given[: len(task)], values)
+                    yield from draw(kept, progress, name, given[: len(task)], values)
 
                 gr.on(
                     [button.click, task[0].submit, *(each.change for each in made.values())],
                     turned,
                     [kept, *task, *made.values()],
-                    [kept, images, facts, decisions, differences],
-                    show_progress_on=images,
+                    [kept, shown, facts, decisions, differences],
+                    show_progress_on=facts,  # over the picture it would hide the first one
                     trigger_mode="always_last",
                     **HIDDEN,
                 )
@@ -230,7 +247,7 @@ class Page:
                     pair = f"tau1 = {one:g}, tau2 = {two:g}"
                     run = self._studio.draw(wanted, base.updated(tau1=one, tau2=two), on_step=_onto(progress, pair))
                     values[FEWER][i, j] = kept.run.calls / run.evaluations(kept.run)
-                    values["PSNR, dB"][i, j] = psnr(run.picture, kept.run.picture)
+                    values["PSNR, dB"][i, j] = run.psnr(kept.run)
                     drawn = self._studio.heat_maps({"tau1": rows}, {"tau2": columns}, values)
                     words = f"{done} of {count} pairs, one picture each, {escape(_what(wanted))}"
                     yield kept, words, drawn, pair, run.picture
@@ -280,9 +297,13 @@ class Page:
                 )
                 yield kept, _table(lines), pictures
                 for name in picked:
-                    way, run = self._way(name, whole, int(limit), _onto(progress, name))
-                    lines.append(_line(name, way, run, kept.run))
-                    pictures.append((run.picture, name))
+                    try:
+                        way, run = self._way(name, whole, int(limit), _onto(progress, name))
+                    except UserError as error:  # a pipeline may refuse a solver; the others are drawn
+                        lines.append((name, str(error)))
+                    else:
+                        lines.append(_line(name, way, run, kept.run))
+                        pictures.append((run.picture, name))
                     yield kept, _table(lines), pictures
 
         begin.click(
@@ -304,11 +325,27 @@ class Page:
         task = replace(whole, steps=steps)
         return task, self._studio.draw(task, solver=name, on_step=on_step)
 
+    def _shown(self, run: Run, whole: Run | None = None) -> Any:
+        """The run beside the one without a cache, where that is there already."""
+        if not run.drawing.is_video:
+            waiting = Image.new("RGB", run.picture.size, "lightgray")  # a slider shows two pictures or none
+            return whole.picture if whole else waiting, run.picture
+        both = f"left: without a cache; middle: with it; right: their difference, {GAIN} times"
+        words = both if whole else "with the cache"
+        source = base64.b64encode(film(self._studio.model.fps, run, whole)).decode()
+        return f'{words}<video src="data:video/mp4;base64,{source}" autoplay loop muted playsinline controls></video>'
+
     def _baseline(self, kept: Kept | None, task: Task, progress: gr.Progress) -> Kept:
         """The session's uncached run of the task, drawn unless it is there."""
         if kept is not None and kept.task == task:
             return kept
         return Kept(task, self._studio.draw(task, on_step=_onto(progress, "without a cache")))
+
+
+def _slider() -> gr.ImageSlider:
+    """Where two images are, one above the other."""
+    label = "left: without a cache; right: with it"
+    return gr.ImageSlider(label=label, type="pil", interactive=False, elem_classes="pair", format="png")
 
 
 def _picture() -> gr.Image:
@@ -344,7 +381,16 @@ def _numbers(name: str, text: str) -> list[float]:
 
 
 def _onto(progress: gr.Progress, words: str) -> Callable[[int, int], None]:
-    return lambda done, total: progress((done, total), desc=words, unit="steps")
+    """Called after each step, tells the visitor of some: each message costs as much time as a part of a step."""
+    told = -math.inf
+
+    def after_step(done: int, total: int) -> None:
+        nonlocal told
+        if time.monotonic() - told > BETWEEN:
+            told = time.monotonic()
+            progress((done, total), desc=words, unit="steps")
+
+    return after_step
 
 
 def _what(task: Task) -> str:
@@ -387,5 +433,5 @@ def _line(name: str, task: Task, run: Run, whole: Run) -> tuple[str, ...]:
 
 
 def _decibels(run: Run, whole: Run) -> str:
-    value = psnr(run.picture, whole.picture)
+    value = run.psnr(whole)
     return "∞" if math.isinf(value) else f"{value:.2f} dB"

@@ -3,7 +3,8 @@
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from h2cache import CacheConfig, Plan, PlanConfig
-from h2cache.eval.cli.draw import WARM_UP_STEPS
+from h2cache.eval.cli.draw import STOP_SIGN, WARM_UP_STEPS
 from h2cache.eval.errors import UserError
 from h2cache.eval.files import CONFIGS, REPOSITORY
 from h2cache.eval.generation.backends import applied
 from h2cache.eval.generation.generate import Drawing, generate
-from h2cache.eval.generation.videos import contact_sheet
+from h2cache.eval.generation.videos import contact_sheet, filmstrip, write_mp4
 from h2cache.eval.generation.work import WorkCounter
+from h2cache.eval.metrics.images import psnr
 from h2cache.eval.models.pipelines import ModelConfig, describe_machine, load_pipeline
 from h2cache.eval.models.schedulers import denoised_with
 from h2cache.eval.report.figures.heatmap import COLOURS, heat_panel
@@ -34,9 +36,12 @@ from h2cache.eval.report.figures.style import COLUMN, styled
 from h2cache.eval.report.figures.traces import timeline
 from h2cache.plans.conditions import digest
 
+MOVING_STAR = "a red star moving right quickly on a blue background"
 CPU_STEPS = 30  # of the embedded model, two seconds on one core
 FULL_COLOUR = 0.25  # of the range of values: how different a pixel is that has the brightest colour of the map
 CELL = 0.36  # inches of height
+GAIN = 4  # of the differences in a film
+SHOWN_WIDTH = 256  # pixels of each video of a film, at least
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,10 @@ class Run:
         """The image; of a video its contact sheet."""
         return contact_sheet(self.drawing.frames) if self.drawing.is_video else self.drawing.image
 
+    def psnr(self, whole: "Run") -> float:
+        """In dB, over all pixels of the image or video."""
+        return psnr(filmstrip(self.drawing.frames), filmstrip(whole.drawing.frames))
+
     def evaluations(self, whole: "Run") -> float:
         """The work done, in evaluations of the model as `whole`, a run without a cache, has them.
 
@@ -89,6 +98,7 @@ class Studio:
         methods: option of configs/method to what it makes; the other libraries' caches, which leave no trace, are
             left out, and so are plans, which are for their own number of steps.
         plans: those that ship for this model, by the name of their file.
+        busy: held while anything is drawn; all studios of a process share it, as matplotlib has one style for them.
     """
 
     name: str
@@ -96,10 +106,10 @@ class Studio:
     pipe: Any
     methods: Mapping[str, CacheConfig]
     plans: Mapping[str, Plan]
-    _busy: threading.Lock = field(default_factory=threading.Lock)
+    busy: threading.Lock
 
     @classmethod
-    def opened(cls, overrides: Sequence[str]) -> "Studio":
+    def opened(cls, overrides: Sequence[str], busy: threading.Lock) -> "Studio":
         """With the model of configs/run.yaml under these overrides, loaded and warm. UserError if it cannot be had."""
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             cfg = compose("run", overrides=[*overrides, "method=none"], return_hydra_config=True)
@@ -115,9 +125,13 @@ class Studio:
         plans = {
             file.stem: plan for file in files if (plan := Plan.load(file)).made_for.model == digest(pipe.transformer)
         }
-        studio = cls(name, model, pipe, known, plans)
+        studio = cls(name, model, pipe, known, plans, busy)
         if model.picture_argument is None:
-            studio.draw(Task("", 0, WARM_UP_STEPS))
+            for method in (None, *known.values()):
+                run = studio.draw(Task("", 0, WARM_UP_STEPS), method)
+                if run.trace is not None:
+                    studio.decisions(run)  # a process's first figure takes half a second more than the next
+                    break
         return studio
 
     @property
@@ -125,6 +139,11 @@ class Studio:
         """Of a run, if nobody says: the model's, and fewer where nothing but a CPU computes them."""
         steps = self.model.num_inference_steps
         return steps if self.pipe._execution_device.type == "cuda" else min(steps, CPU_STEPS)
+
+    @property
+    def first_prompt(self) -> str:
+        """For the page: one that the embedded models know."""
+        return MOVING_STAR if self.model.makes_videos else STOP_SIGN
 
     @property
     def title(self) -> str:
@@ -147,7 +166,7 @@ class Studio:
             on_step: called with (done, total) after each denoising step.
         """
         arguments = self.model.arguments_with(task.picture) | {"num_inference_steps": task.steps}
-        with self._busy, ExitStack() as stack:
+        with self.busy, ExitStack() as stack:
             try:
                 stack.enter_context(denoised_with(self.pipe, solver))
                 work = stack.enter_context(WorkCounter(self.pipe))
@@ -167,7 +186,7 @@ class Studio:
 
         One at a time: matplotlib has one style for the whole process.
         """
-        with self._busy, styled():
+        with self.busy, styled():
             canvas = FigureCanvasAgg(figure(*arguments))
             canvas.draw()
             return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
@@ -184,6 +203,19 @@ class Studio:
     ) -> Image.Image:
         """A map for each of `values`, by its title, with NaN where nothing is drawn yet."""
         return self.show(_heat_maps, rows, columns, values)
+
+
+def film(fps: int, run: Run, whole: Run | None) -> bytes:
+    """An MP4: the run's video; or beside each other the one of `whole`, the run's, and their difference as gray."""
+    frames = [np.asarray(frame) for frame in run.drawing.frames]
+    if whole is not None:
+        pairs = zip(run.drawing.frames, whole.drawing.frames, strict=True)
+        gray = [np.uint8(255 * np.minimum(GAIN * difference(*pair), 1))[..., None].repeat(3, 2) for pair in pairs]
+        frames = list(map(np.hstack, zip(whole.drawing.frames, frames, gray, strict=True)))
+    times = -(-SHOWN_WIDTH // run.drawing.frames[0].width)
+    file = BytesIO()
+    write_mp4([Image.fromarray(frame.repeat(times, 0).repeat(times, 1)) for frame in frames], fps, file)
+    return file.getvalue()
 
 
 def difference_map(image: Image.Image, reference: Image.Image) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -18,7 +19,7 @@ BT709 = 1  # the number of this standard in the headers of a video
 Frames = Sequence[Image.Image]
 
 
-def write_mp4(frames: Frames, fps: int, file: Path) -> None:
+def write_mp4(frames: Frames, fps: int, file: Path | BinaryIO) -> None:
     """Write frames of even width and height as H.264 in an MP4 file, `fps` of them a second."""
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=fps, options={"crf": CRF})

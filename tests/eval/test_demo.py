@@ -3,6 +3,7 @@
 import inspect
 import re
 import socket
+import threading
 from dataclasses import fields
 from urllib.parse import urlsplit
 
@@ -17,6 +18,7 @@ from h2cache.eval.cli import program  # noqa: E402 - as below
 from h2cache.eval.demo import app, studio  # noqa: E402 - they import gradio
 from h2cache.eval.demo.controls import changed, choices, controls, fields_of  # noqa: E402
 from h2cache.eval.errors import UserError  # noqa: E402
+from h2cache.eval.models.pipelines import find_folder  # noqa: E402
 
 HOSTILE = '<img src=x onerror="window.pwned = 1"><script>window.pwned = 2</script>{{ 7 * 7 }} **bold** & <b>'
 STEPS = 8
@@ -25,7 +27,7 @@ STEPS = 8
 @pytest.fixture(scope="module")
 def opened():
     """The embedded model, ready to draw."""
-    return studio.Studio.opened([f"model.num_inference_steps={STEPS}"])
+    return studio.Studio.opened([f"model.num_inference_steps={STEPS}"], threading.Lock())
 
 
 # The fields of a method
@@ -84,6 +86,15 @@ def test_work_is_counted_in_evaluations(opened):
     assert len(same.getcolors()) == 1 < len(apart.getcolors())
 
 
+def test_models_that_are_not_here_are_not_offered(monkeypatch, tmp_path):
+    here = {"flux-mini", "hunyuan-mini"} if find_folder("assets/hunyuan-mini", "model_index.json") else {"flux-mini"}
+    assert set(app.embedded()) == here
+    (tmp_path / "assets" / "hunyuan-mini").mkdir(parents=True)
+    (tmp_path / "assets" / "hunyuan-mini" / "model_index.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert app.embedded() == ["flux-mini", "hunyuan-mini"]
+
+
 def test_a_refusal_is_a_sentence(opened):
     plan = opened.plans["flux-mini-4"]
     with pytest.raises(UserError, match="50"):
@@ -97,7 +108,7 @@ def test_a_refusal_is_a_sentence(opened):
 
 @pytest.fixture(scope="module")
 def address(opened):
-    page = app.serve(opened, "127.0.0.1", None, in_background=True)
+    page = app.serve([opened], "127.0.0.1", None, in_background=True)
     yield page.local_url
     page.close()
 
@@ -177,6 +188,21 @@ def test_a_slider_that_is_moved_changes_the_cached_picture_alone(visit):
 
 
 @pytest.mark.thorough
+def test_the_cached_picture_comes_first(visit):
+    page = visit()
+    page.evaluate(
+        """() => { window.told = []; new MutationObserver(() => {
+        const text = document.querySelector('.facts').innerText;
+        if (text && text !== window.told.at(-1)) window.told.push(text); }
+        ).observe(document.body, {subtree: true, childList: true, characterData: true}); }"""
+    )
+    draw(page)
+    wait_for_facts(page, "evaluations of the model")
+    first, *_, last = page.evaluate("window.told")
+    assert "with the cache" in first and "likeness" not in first and "likeness" in last
+
+
+@pytest.mark.thorough
 def test_markup_in_a_prompt_stays_text(visit):
     page = visit()
     page.get_by_label("prompt").fill(HOSTILE)
@@ -199,6 +225,8 @@ def test_two_visitors_at_once_see_their_own_pictures(visit):
         draw(page)
     for page, prompt in zip(pages, prompts, strict=True):
         wait_for_facts(page, prompt)
+        wait_for_facts(page, "likeness")
+        page.wait_for_timeout(500)
     first, second = ({pixels(page, url) for url in images(page)} for page in pages)
     assert first.isdisjoint(second)
     assert prompts[1] not in pages[0].locator(".facts").first.inner_text()

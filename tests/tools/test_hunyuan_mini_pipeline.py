@@ -1,8 +1,11 @@
 """hunyuan-mini's parts in the pipeline, with their first, untrained weights: training computes what the pipeline
 computes, the stages fit each other, and run.py draws a video."""
 
+import io
 import json
+import math
 import sys
+import threading
 
 import av
 import numpy as np
@@ -13,6 +16,7 @@ from PIL import Image
 
 import h2cache
 import run
+from h2cache.eval.demo import studio
 from h2cache.eval.metrics.motions import FRAMES, SIZE
 from tools.flux_mini.export import write_pipeline
 from tools.flux_mini.training import Average, save
@@ -115,6 +119,24 @@ def test_both_stages_of_h2_cache_are_there(pipe):
             output_type="latent",
         )
         assert handle.trace.to_pandas()["stage"].nunique() == 2
+
+
+def test_the_demo_shows_the_video_beside_the_uncached_one(folder):
+    overrides = ["model=hunyuan-mini", f"model.path={folder}", f"model.num_frames={FRAMES}"]
+    opened = studio.Studio.opened(overrides, threading.Lock())
+    method = h2cache.H2CacheConfig(tau1=9, tau2=9)  # with another seed, as no training makes all steps alike
+    whole, cached = opened.draw(studio.Task(PROMPTS[0], 0, 2)), opened.draw(studio.Task(PROMPTS[0], 1, 2), method)
+    assert math.isinf(whole.psnr(whole)) and math.isfinite(cached.psnr(whole))
+    assert opened.decisions(cached).width
+    for shown, videos in ((studio.film(8, cached, whole), 3), (studio.film(8, cached, None), 1)):
+        with av.open(io.BytesIO(shown)) as video:
+            frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+        times = 256 // SIZE
+        assert np.shape(frames) == (FRAMES, times * SIZE, videos * times * SIZE, 3)
+    left = np.asarray(whole.drawing.frames[0]).repeat(times, 0).repeat(times, 1)
+    with av.open(io.BytesIO(studio.film(8, cached, whole))) as video:
+        first = next(video.decode(video=0)).to_ndarray(format="rgb24")
+    assert np.abs(first[:, : left.shape[1]].astype(float) - left).mean() < 8  # but for the codec
 
 
 def test_run_py_draws_a_video(folder, tmp_path, monkeypatch, capsys):
