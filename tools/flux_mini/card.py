@@ -88,7 +88,7 @@ To train it again, from nothing:
 
 def read_log(path: Path) -> list[dict[str, float]]:
     with path.open(newline="") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def draw_curves(work: Path, target: Path, curves: Sequence[tuple[str, str, str]] = CURVES) -> None:
