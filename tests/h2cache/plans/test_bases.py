@@ -22,6 +22,7 @@ from plans import PLAN
 
 import h2cache
 from h2cache import Plan, PlanConfig, PlanScheduler
+from h2cache.plans import record
 from h2cache.plans.bases import FlowForm
 from h2cache.plans.conditions import Conditions, described, tokens_of
 from h2cache.plans.plan import normalized
@@ -288,6 +289,16 @@ def test_a_calibrated_plan_is_nearer_than_reuse_on_other_prompts(name, base, mon
     broken = replace(plan, made_for=replace(plan.made_for, image_tokens=7))
     with pytest.raises(ValueError, match="image tokens 7 and is run with"):
         drawn(pipe, others, call, broken)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "dit"])
+def test_a_recording_ends_with_the_pipeline_s_own_images(name, monkeypatch):
+    """Also where a run ends with a little noise, so that its last sample is scaled."""
+    pipe, call = made(name)
+    monkeypatch.setattr(pipe, "scheduler", DDIMScheduler(set_alpha_to_one=False, steps_offset=1, **UNCLIPPED))
+    prompts = CLASSES if name == "dit" else PROMPTS
+    runs = record(pipe, prompts, STEPS, seed=100, batch_size=3, **call)
+    torch.testing.assert_close(runs.images, drawn(pipe, prompts, call), rtol=1e-3, atol=1e-4)
 
 
 def test_image_tokens_are_counted_for_each_shape_of_latents():
