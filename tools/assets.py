@@ -73,7 +73,7 @@ class Made:
     def why(self, entry: Entry) -> str | None:
         """Why the entry has to be made, or None."""
         if entry.name not in self._from:
-            return "not made yet"
+            return "not finished yet"
         before, now = self._from[entry.name], digests(self.root, entry.inputs)
         changed = [pattern for pattern in now if now[pattern] != before.get(pattern)]
         missing = [pattern for pattern in entry.makes if not files(self.root, [pattern])]

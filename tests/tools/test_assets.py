@@ -139,7 +139,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, code, error):
     (tmp_path / "stop").touch()
     with pytest.raises(error, match="letters/b.*exit code 3" if code == 3 else None):
         make(Made(tmp_path), listed, [], said.append)
-    assert (tmp_path / "calls").read_text() == "ab" and "letters/a, about 2 min: not made yet" in said
+    assert (tmp_path / "calls").read_text() == "ab" and "letters/a, about 2 min: not finished yet" in said
     (tmp_path / "stop").unlink()
     make(Made(tmp_path), listed, [], said.append)
     assert (tmp_path / "calls").read_text() == "abbc"
@@ -303,12 +303,19 @@ def test_sentences_with_measured_numbers_are_listed_when_a_number_moved(reposito
 
 def test_numbers_of_the_repository_have_names():
     """A column of times is left out, a column of decibels is not; a polynomial is read by its keys."""
-    table = numbers("docs/results/table1/summary.md", (REPOSITORY / "docs/results/table1/summary.md").read_bytes())
+
+    def of(file):
+        return numbers(file, (REPOSITORY / file).read_bytes())
+
+    table = of("docs/results/table1/summary.md")
     assert {"Plan: PSNR, dB", "Plan: evaluations"} <= set(table) and not [name for name in table if "time" in name]
-    spread = numbers("docs/results/table1/spread.md", (REPOSITORY / "docs/results/table1/spread.md").read_bytes())
-    assert not [name for name in spread if name.startswith("Plan")]
-    polynomial = numbers("a.yaml", (REPOSITORY / "configs/teacache/flux-mini.yaml").read_bytes())
-    assert set(polynomial) >= {"threshold", "coefficients.0"}
+    assert not [name for name in of("docs/results/table1/spread.md") if name.startswith("Plan")]
+    assert not [name for name in of("docs/results/throughput/throughput.md") if name.startswith("HiCache")]
+    assert set(of("configs/teacache/flux-mini.yaml")) >= {"threshold", "coefficients.0"}
+
+
+def test_a_factor_is_a_time():
+    assert list(numbers("a.md", b"2.97x as fast at 31.25 dB.").values()) == [31.25]
 
 
 def test_outside_of_git_the_error_says_so(tmp_path):
