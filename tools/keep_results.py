@@ -27,13 +27,18 @@ def keep(run: Path, target: Path = RESULTS) -> list[Path]:
     """Copy the tables and figures of `run` in the place of those of earlier runs; returns the experiments' folders.
 
     A run that lacks experiments which are kept, of those that a run without `experiment=` does, replaces its own alone,
-    and not what is said of all together: the claims of the papers and environment.json.
+    and not what is said of all together: the claims of the papers and environment.json. Runs of another model than
+    configs/eval.yaml names are kept in a folder of their own, docs/results/MODEL, without the claims.
     """
+    facts = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    listed = OmegaConf.to_container(OmegaConf.load(CONFIGS / "eval.yaml").defaults)
+    usual = {name: option for each in listed if isinstance(each, dict) for name, option in each.items()}
+    is_usual = facts["model"] == usual["model"]
+    target = target if is_usual else target / facts["model"]
     folders = sorted(file.parent for file in run.glob("*/measurements.csv"))
-    (unasked,) = (each.experiment for each in OmegaConf.load(CONFIGS / "eval.yaml").defaults if "experiment" in each)
-    known = {file.name for file in target.glob("*/")} & set(unasked)
+    known = {file.name for file in target.glob("*/")} & set(usual["experiment"])
     whole = known <= {folder.name for folder in folders}
-    if whole and (run / PUBLISHED).is_dir():
+    if whole and is_usual and (run / PUBLISHED).is_dir():
         folders.append(run / PUBLISHED)
     for folder in folders:
         shutil.rmtree(target / folder.name, ignore_errors=True)
@@ -43,7 +48,6 @@ def keep(run: Path, target: Path = RESULTS) -> list[Path]:
                 shutil.copy(file, target / folder.name)
     if not whole:
         return folders
-    facts = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     facts["command"] = " ".join(word for word in facts["command"].split() if not word.startswith("out="))
     (target / "environment.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return folders
@@ -96,7 +100,7 @@ def main() -> None:
         if filled != text:
             with atomic_files([page]) as (file,):
                 file.write_text(filled, encoding="utf-8")
-    print(f"docs/results: {', '.join(folder.name for folder in folders)}")
+    print(f"kept: {', '.join(str(folder.relative_to(folder.parent.parent)) for folder in folders)}")
 
 
 if __name__ == "__main__":

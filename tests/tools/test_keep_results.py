@@ -19,7 +19,9 @@ def kept(tmp_path):
         (run / name).touch()
     (tmp_path / "run/records").mkdir()
     (tmp_path / "run/records/a.png").touch()
-    (tmp_path / "run/environment.json").write_text(json.dumps({"command": "python -m eval out=/a/b limit=3"}))
+    (tmp_path / "run/environment.json").write_text(
+        json.dumps({"command": "python -m eval out=/a/b limit=3", "model": "flux-mini"})
+    )
     old = tmp_path / "kept/table1"
     old.mkdir(parents=True)
     (old / "gone.md").touch()
@@ -34,17 +36,37 @@ def test_tables_and_figures_are_kept(kept):
         "summary.csv",
         "summary.md",
     ]
-    assert json.loads((kept / "environment.json").read_text()) == {"command": "python -m eval limit=3"}
+    assert json.loads((kept / "environment.json").read_text()) == {
+        "command": "python -m eval limit=3",
+        "model": "flux-mini",
+    }
 
 
 def test_a_run_of_some_experiments_replaces_its_own_alone(kept, tmp_path):
     (tmp_path / "run/table1").rename(tmp_path / "run/frontier")
     (tmp_path / "run/published").mkdir()
     (tmp_path / "run/published/published.md").touch()
-    (tmp_path / "run/environment.json").write_text(json.dumps({"command": "another"}))
+    (tmp_path / "run/environment.json").write_text(json.dumps({"command": "another", "model": "flux-mini"}))
     assert [folder.name for folder in keep(tmp_path / "run", kept)] == ["frontier"]
     assert (kept / "frontier/summary.md").is_file() and not (kept / "published").exists()
-    assert json.loads((kept / "environment.json").read_text()) == {"command": "python -m eval limit=3"}
+    assert json.loads((kept / "environment.json").read_text()) == {
+        "command": "python -m eval limit=3",
+        "model": "flux-mini",
+    }
+
+
+def test_another_model_has_a_folder_of_its_own_without_the_claims(kept, tmp_path):
+    (tmp_path / "run/published").mkdir()
+    (tmp_path / "run/published/published.md").touch()
+    (tmp_path / "run/environment.json").write_text(json.dumps({"command": "eval", "model": "a-video-model"}))
+    before = sorted(kept.glob("*"))
+    keep(tmp_path / "run", kept)
+    assert sorted(kept.glob("*")) == sorted([*before, kept / "a-video-model"])
+    assert json.loads((kept / "environment.json").read_text())["model"] == "flux-mini"
+    own = kept / "a-video-model"
+    assert sorted(file.name for file in own.glob("*")) == ["environment.json", "table1"]
+    opening = "<!-- table a-video-model/table1/summary; columns: b; rows: Baseline -->"
+    assert "| 2 |" in fill(f"{opening}\n<!-- /table -->", kept)
 
 
 def test_a_table_is_made_anew_with_the_columns_and_rows_asked_for(kept):
