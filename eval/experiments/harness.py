@@ -239,6 +239,7 @@ def _results(experiment: Experiment, frame: pd.DataFrame, metrics: Metrics, stud
         converged_run=experiment.converged_run,
         left_out=experiment.left_out,
         tunings={setting.name: setting.tuning for setting in experiment.settings if setting.tuning},
+        methods={setting.name: setting.config for setting in experiment.settings if setting.scheduler is None},
         model_config=study.model,
         prompts={prompt.id: prompt for prompt in study.prompts[experiment.prompts]},
     )

@@ -42,6 +42,7 @@ def generate(
     prompt: str,
     seed: int,
     on_step: Callable[[int, int], None] = lambda done, total: None,
+    on_latents: Callable[[torch.Tensor], None] = lambda latents: None,
     **call_arguments: Any,
 ) -> Drawing:
     """Draw what `pipe(prompt=prompt, generator=torch.Generator("cpu").manual_seed(seed), **call_arguments)` draws.
@@ -50,8 +51,9 @@ def generate(
     noise of `seed`, the next that of `seed + 1`, and so on.
 
     Noise comes from the CPU so that a seed means the same on every device. `on_step(done, total)` is called after every
-    denoising step. Clocks are read with the device idle: text ends with the last call of a text encoder, denoising with
-    the last step. Arguments that the pipeline does not take are left out.
+    denoising step, and so is `on_latents`, with what the step has made of the latents. Clocks are read with the device
+    idle: text ends with the last call of a text encoder, denoising with the last step. Arguments that the pipeline does
+    not take are left out.
     """
     device = pipe._execution_device  # asked once: finding it out takes milliseconds
     given = {name: value for name, value in call_arguments.items() if takes(pipe, name)}
@@ -66,6 +68,7 @@ def generate(
     def after_step(pipe: DiffusionPipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
         nonlocal denoising_end
         on_step(step + 1, pipe.num_timesteps)
+        on_latents(tensors["latents"])
         if step + 1 == pipe.num_timesteps:
             denoising_end = _now(device)
         return tensors

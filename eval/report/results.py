@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pandas as pd
 
+from h2cache.eval.generation.backends import Method
 from h2cache.eval.generation.prompts import Prompt
 from h2cache.eval.metrics.sets import SetScore
 from h2cache.eval.models.pipelines import ModelConfig
@@ -68,6 +69,7 @@ class Results:
     `set_scores` has the metrics of sets that can be had, of each setting but the baseline.
     `left_out` has the settings that could not be tried at all, and why.
     `tunings` has the settings that were tuned, by name; those that do not reach their speedup have no rows.
+    `methods` has what caches in each setting without a solver of its own, None for nothing.
     `model_config` is for outputs that look into the model itself, `prompts` (by id) for those that look into the set.
     """
 
@@ -85,6 +87,7 @@ class Results:
     set_scores: Mapping[str, Mapping[str, SetScore]] = field(default_factory=dict)  # metric -> setting -> score
     left_out: Mapping[str, str] = field(default_factory=dict)
     tunings: Mapping[str, Tuning] = field(default_factory=dict)
+    methods: Mapping[str, Method | None] = field(default_factory=dict)
     model_config: ModelConfig | None = None
     prompts: Mapping[str, Prompt] = field(default_factory=dict)
 

@@ -12,11 +12,16 @@ import numpy as np
 import pytest
 import torch
 from diffusers import HunyuanVideoPipeline
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from PIL import Image
 
 import h2cache
 import run
 from h2cache.eval.demo import studio
+from h2cache.eval.files import CONFIGS
+from h2cache.eval.generation.prompts import Prompt
+from h2cache.eval.generation.video_latents import recorded_latents
 from h2cache.eval.metrics.motions import FRAMES, SIZE
 from tools.flux_mini.export import write_pipeline
 from tools.flux_mini.training import Average, save
@@ -137,6 +142,17 @@ def test_the_demo_shows_the_video_beside_the_uncached_one(folder):
     with av.open(io.BytesIO(studio.film(8, cached, whole))) as video:
         first = next(video.decode(video=0)).to_ndarray(format="rgb24")
     assert np.abs(first[:, : left.shape[1]].astype(float) - left).mean() < 8  # but for the codec
+
+
+def test_latents_are_recorded_frame_by_frame(folder, pipe):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        model = instantiate(compose("run", ["model=hunyuan-mini", f"model.path={folder}"]).model, _convert_="all")
+    found = recorded_latents(pipe, model, Prompt("p", PROMPTS[0], None), 0, 2, None)
+    latent_frames = (FRAMES - 1) // pipe.vae_scale_factor_temporal + 1
+    assert found.shape[:2] == (2, latent_frames) and found.shape[2] == pipe.transformer.config.in_channels * 8 * 8
+    asked = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0), "output_type": "latent"}
+    (latents,) = pipe(PROMPTS[0], **model.call_arguments | asked, return_dict=False)[0]
+    torch.testing.assert_close(found[-1], latents.transpose(0, 1).flatten(1))
 
 
 def test_run_py_draws_a_video(folder, tmp_path, monkeypatch, capsys):
