@@ -176,7 +176,7 @@ def test_encoded_scenes_stay_on_disk(pipe, tmp_path):
 def test_a_calibrated_plan_draws_what_the_calibration_saw(pipe, monkeypatch):
     monkeypatch.setattr(plans, "STEPS", 6)
     prompts, pictures = plans.examples(2, seed=5)
-    plan = plans.calibrated(pipe, prompts, pictures, 2, seed=3, tries=2)
+    plan = plans.recorded(pipe, prompts, pictures, seed=3, tries=2).plan(2)
     assert len(plan.computed) == 3
     call = dict(height=128, width=128, num_inference_steps=6, max_sequence_length=40, guidance_scale=1.0)
 

@@ -10,8 +10,8 @@ import torch
 from diffusers import FluxControlNetPipeline
 from PIL import Image
 
-import h2cache
 from h2cache.eval.files import atomic_files
+from h2cache.plans import Calibration
 from tools.calibration_prompts import UNTRAINED_PHRASINGS
 from tools.flux_mini.scenes import PHRASINGS, SIZE, WORDS, caption, draw, random_scene
 from tools.flux_mini.text import T5_LENGTH
@@ -31,14 +31,13 @@ def examples(count: int, seed: int) -> tuple[list[str], list[Image.Image]]:
     return prompts, pictures
 
 
-def calibrated(
-    pipe: FluxControlNetPipeline, prompts: Sequence[str], pictures: Sequence[Image.Image], budget: float, **search: Any
-) -> h2cache.Plan:
-    """`h2cache.calibrate` with a picture for each prompt."""
-    return h2cache.calibrate(
+def recorded(
+    pipe: FluxControlNetPipeline, prompts: Sequence[str], pictures: Sequence[Image.Image], **search: Any
+) -> Calibration:
+    """A calibration with a picture for each prompt, from which plans for all budgets are made."""
+    return Calibration(
         pipe,
         list(prompts),
-        budget,
         STEPS,
         control_image=list(pictures),
         height=SIZE,
@@ -51,18 +50,21 @@ def calibrated(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--budgets", type=float, nargs="+", default=[4])
-    parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--budgets", type=float, nargs="+", default=[3, 4, 6])
+    parser.add_argument("--images", type=int, default=48)
     parser.add_argument("--seed", type=int, default=1000)
-    parser.add_argument("--tries", type=int, default=30)
+    parser.add_argument("--tries", type=int, default=8)
+    parser.add_argument("--history", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--folder", type=Path, default=Path("assets/flux-mini-upscaler"))
     parser.add_argument("--out", type=Path, default=Path("assets/plans"))
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    pipe, (prompts, pictures) = load(options.folder), examples(options.images, options.seed)
+    search = {name: getattr(options, name) for name in ("seed", "tries", "history", "rounds")}
+    calibration = recorded(load(options.folder), *examples(options.images, options.seed), **search)
     for budget in options.budgets:
-        plan = calibrated(pipe, prompts, pictures, budget, seed=options.seed, tries=options.tries)
+        plan = calibration.plan(budget)
         target = options.out / f"flux-mini-upscaler-{budget:g}.json"
         with atomic_files([target]) as (file,):
             plan.save(file)
