@@ -38,7 +38,7 @@ class Calibration:
         *,
         reference: str = "uncached",
         seed: int = 0,
-        history: int = 3,
+        history: int = 5,
         ridge: float = 1e-4,
         tries: int = 30,
         few: int = 8,
