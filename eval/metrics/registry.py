@@ -23,6 +23,7 @@ from h2cache.eval.metrics.images import PSNR, SSIM
 from h2cache.eval.metrics.metric import Means, Metric, Scorer, Shown, Unavailable
 from h2cache.eval.metrics.reader import WORD_ACCURACY
 from h2cache.eval.metrics.sets import LOOK, Features, SetMetric
+from h2cache.eval.metrics.vbench import VBENCH
 from h2cache.eval.metrics.weights import is_online
 from h2cache.eval.models.identity import content_hash
 
@@ -40,6 +41,7 @@ METRICS: dict[str, Metric] = {
     "flicker": FLICKER,
     "clip_attributes": CLIP_ATTRIBUTES,
     "direction": DIRECTION,
+    **VBENCH,
 }
 
 SET_METRICS: dict[str, SetMetric] = {"look": LOOK}
