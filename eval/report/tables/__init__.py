@@ -5,6 +5,7 @@ from h2cache.eval.report.tables.enlargement import EnlargementTable
 from h2cache.eval.report.tables.equal_work import EqualWork
 from h2cache.eval.report.tables.grid import GridTable
 from h2cache.eval.report.tables.jitter import JitterTable
+from h2cache.eval.report.tables.lead import LeadTable
 from h2cache.eval.report.tables.matched import MatchedTable
 from h2cache.eval.report.tables.promise import Promise
 from h2cache.eval.report.tables.spectrum import ErrorSpectrum
@@ -20,6 +21,7 @@ __all__ = [
     "ErrorSpectrum",
     "GridTable",
     "JitterTable",
+    "LeadTable",
     "MatchedTable",
     "Promise",
     "SpreadTable",
