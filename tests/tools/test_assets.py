@@ -3,6 +3,7 @@ told."""
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -87,7 +88,7 @@ def test_changed_weights_put_everything_out_of_date_in_order(copy, entries):
     assert not Made(copy).due(entries)
     (copy / "assets/flux-mini/transformer/diffusion_pytorch_model.safetensors").write_text("new")
     due = Made(copy).due(entries)
-    assert list(due) == [entry for entry in entries if entry.name != "card/hunyuan-mini"]
+    assert list(due) == [entry for entry in entries if not entry.name.endswith("/hunyuan-mini")]
     assert set(due.values()) == {"assets/flux-mini/*/* changed"}
 
 
@@ -95,19 +96,23 @@ def test_what_is_made_from_something_out_of_date_is_as_well(copy, entries):
     def due(**more):
         return {entry.name: why for entry, why in Made(copy).due(entries, **more).items()}
 
-    asked = due(again=chosen(entries, "again", "teacache"))
+    asked = due(again=chosen(entries, "again", "teacache/flux-mini"))
     above = "made from teacache/flux-mini"
-    assert asked == {"teacache/flux-mini": "asked for", "results/usual": above, "results/combine": above}
+    results = ("usual", "combine", "flux-mini-upscaler")
+    assert asked == {"teacache/flux-mini": "asked for"} | {f"results/{name}": above for name in results}
     (copy / "assets/flux-mini-upscaler/diffusion_pytorch_model.safetensors").write_text("new")
-    assert list(due()) == ["card/flux-mini-upscaler"]
+    assert list(due()) == [f"{part}/flux-mini-upscaler" for part in ("card", "plans", "results")]
     (copy / "docs/results/environment.json").unlink()
     assert due()["results/usual"] == "docs/results/environment.json missing"
 
 
 def test_weights_that_come_are_made_from(copy, entries):
+    shutil.rmtree(copy / "assets/hunyuan-mini")
+    assert not Made(copy).due(entries), "without weights there is nothing to make"
     (copy / "assets/hunyuan-mini/transformer").mkdir(parents=True)
     (copy / "assets/hunyuan-mini/transformer/model.safetensors").touch()
-    assert [entry.name for entry in Made(copy).due(entries)] == ["card/hunyuan-mini"]
+    names = [f"{part}/hunyuan-mini" for part in ("card", "teacache", "plans", "results")]
+    assert [entry.name for entry in Made(copy).due(entries)] == names
 
 
 SCRIPT = """import pathlib, sys
