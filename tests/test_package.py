@@ -48,6 +48,25 @@ def test_the_package_asks_for_what_the_requirements_files_ask_for():
     assert all(re.search(r">=\d", name) for name in bounded)
 
 
+WITHOUT = """
+import runpy, sys
+for name in {names!r}:
+    sys.modules[name] = None  # its import fails
+sys.argv = ["run.py", *sys.argv[1:]]
+runpy.run_path("run.py", run_name="__main__")
+"""
+
+
+def test_run_py_needs_no_package_that_make_run_does_not_install(tiny_pipe_folder, tmp_path):
+    names = {re.split("[><=,]", line)[0].replace("-", "_") for line in requirements("requirements-eval.txt")}
+    missing = sorted(names - {"setuptools", "scipy"})  # scikit-image brings scipy
+    call = ["model.height=32", "model.width=32", "model.num_inference_steps=2", "model.max_sequence_length=40"]
+    words = [f"model.path={tiny_pipe_folder}", *call, "prompt=a sign", f"out={tmp_path / 'a.png'}"]
+    command = [sys.executable, "-c", WITHOUT.format(names=missing), *words]
+    subprocess.run(command, cwd=REPOSITORY, check=True, timeout=200)
+    assert "datasets" in missing and (tmp_path / "a.png").is_file()
+
+
 def test_the_version_is_in_the_changelog():
     assert re.fullmatch(r"\d+\.\d+\.\d+", h2cache.__version__)
     assert re.search(

@@ -48,6 +48,7 @@ def keep(run: Path, target: Path = RESULTS) -> list[Path]:
                 shutil.copy(file, target / folder.name)
     if not whole:
         return folders
+    facts["overrides"] = [each for each in facts["overrides"] if not each.startswith("out=")]
     facts["command"] = " ".join(word for word in facts["command"].split() if not word.startswith("out="))
     (target / "environment.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return folders

@@ -1,16 +1,20 @@
 """How far the work is, and the time left: bars in a terminal; of a sweep, a line now and then where nobody watches."""
 
+from __future__ import annotations
+
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from h2cache.eval.generation.records import Cell
-from h2cache.eval.generation.sweep import Batch, Watcher
+if TYPE_CHECKING:  # sweeps need packages that drawing one image does without
+    from h2cache.eval.generation.records import Cell
+    from h2cache.eval.generation.sweep import Batch, Watcher
 
 SILENCE = 60.0  # seconds between two lines
 REDRAWS = 4  # of the bars, a second: each takes time from a model on the CPU

@@ -9,6 +9,8 @@ from tools.keep_results import fill, keep, pages
 
 TABLE = "### T\n\n| setting | a, dB | b |\n|---|---:|---:|\n| Baseline | 1 | 2 |\n| H2\\|x | 3 | 4 |\n\n- note\n"
 
+FACTS = {"command": "python -m eval out=/a/b limit=3", "model": "flux-mini", "overrides": ["out=/a/b", "limit=3"]}
+
 
 @pytest.fixture
 def kept(tmp_path):
@@ -19,9 +21,7 @@ def kept(tmp_path):
         (run / name).touch()
     (tmp_path / "run/records").mkdir()
     (tmp_path / "run/records/a.png").touch()
-    (tmp_path / "run/environment.json").write_text(
-        json.dumps({"command": "python -m eval out=/a/b limit=3", "model": "flux-mini"})
-    )
+    (tmp_path / "run/environment.json").write_text(json.dumps(FACTS))
     old = tmp_path / "kept/table1"
     old.mkdir(parents=True)
     (old / "gone.md").touch()
@@ -39,6 +39,7 @@ def test_tables_and_figures_are_kept(kept):
     assert json.loads((kept / "environment.json").read_text()) == {
         "command": "python -m eval limit=3",
         "model": "flux-mini",
+        "overrides": ["limit=3"],
     }
 
 
@@ -46,19 +47,20 @@ def test_a_run_of_some_experiments_replaces_its_own_alone(kept, tmp_path):
     (tmp_path / "run/table1").rename(tmp_path / "run/frontier")
     (tmp_path / "run/published").mkdir()
     (tmp_path / "run/published/published.md").touch()
-    (tmp_path / "run/environment.json").write_text(json.dumps({"command": "another", "model": "flux-mini"}))
+    (tmp_path / "run/environment.json").write_text(json.dumps({**FACTS, "command": "another"}))
     assert [folder.name for folder in keep(tmp_path / "run", kept)] == ["frontier"]
     assert (kept / "frontier/summary.md").is_file() and not (kept / "published").exists()
     assert json.loads((kept / "environment.json").read_text()) == {
         "command": "python -m eval limit=3",
         "model": "flux-mini",
+        "overrides": ["limit=3"],
     }
 
 
 def test_another_model_has_a_folder_of_its_own_without_the_claims(kept, tmp_path):
     (tmp_path / "run/published").mkdir()
     (tmp_path / "run/published/published.md").touch()
-    (tmp_path / "run/environment.json").write_text(json.dumps({"command": "eval", "model": "a-video-model"}))
+    (tmp_path / "run/environment.json").write_text(json.dumps({**FACTS, "model": "a-video-model"}))
     before = sorted(kept.glob("*"))
     keep(tmp_path / "run", kept)
     assert sorted(kept.glob("*")) == sorted([*before, kept / "a-video-model"])
