@@ -4,7 +4,7 @@ anew."""
 import argparse
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -167,13 +167,14 @@ def write_card(work: Path, folder: Path) -> None:
     (folder / "README.md").write_text(card)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def card_command(description: str, folder: str, write: Callable[[Path, Path], None]) -> None:
+    """The command line of a card alone: `write` is given the folder of the training and that of the model."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder of the training's logs and of the measures")
-    parser.add_argument("--folder", type=Path, default=Path("assets/flux-mini"))
+    parser.add_argument("--folder", type=Path, default=Path(folder))
     options = parser.parse_args()
-    write_card(options.work, options.folder)
+    write(options.work, options.folder)
 
 
 if __name__ == "__main__":
-    main()
+    card_command(__doc__, "assets/flux-mini", write_card)

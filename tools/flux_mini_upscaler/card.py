@@ -1,13 +1,12 @@
 """Stage 4: the model card, with loss curves and a contact sheet of held-out scenes, read from logs or made anew."""
 
-import argparse
 from pathlib import Path
 
 import matplotlib
 from diffusers import FluxControlNetPipeline
 from PIL import Image
 
-from tools.flux_mini.card import read_log
+from tools.flux_mini.card import card_command, read_log
 from tools.flux_mini.scenes import SIZE, draw
 
 from .degrade import DEGRADATIONS
@@ -155,13 +154,5 @@ def write_card(work: Path, folder: Path) -> None:
     (folder / "README.md").write_text(card)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder of the training's logs and of the measures")
-    parser.add_argument("--folder", type=Path, default=Path("assets/flux-mini-upscaler"))
-    options = parser.parse_args()
-    write_card(options.work, options.folder)
-
-
 if __name__ == "__main__":
-    main()
+    card_command(__doc__, "assets/flux-mini-upscaler", write_card)

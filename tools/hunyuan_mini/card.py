@@ -1,7 +1,6 @@
 """Stage 6: the model card, with loss curves and a contact sheet of held-out prompts, all read from logs and made
 anew."""
 
-import argparse
 import json
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from h2cache.eval.metrics.motions import FRAMES, MOTIONS, SHAPES, SIZE
-from tools.flux_mini.card import draw_curves, read_log
+from tools.flux_mini.card import card_command, draw_curves, read_log
 from tools.flux_mini.scenes import COLOURS
 
 from .evaluate import GUIDANCE, PROMPTS, STEPS, evaluation, load, tables
@@ -159,13 +158,5 @@ def write_card(work: Path, folder: Path) -> None:
     (folder / "README.md").write_text(card)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints, logs and results")
-    parser.add_argument("--folder", type=Path, default=Path("assets/hunyuan-mini"))
-    options = parser.parse_args()
-    write_card(options.work, options.folder)
-
-
 if __name__ == "__main__":
-    main()
+    card_command(__doc__, "assets/hunyuan-mini", write_card)

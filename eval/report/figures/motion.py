@@ -6,6 +6,7 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from h2cache.eval.report.figures.gaussianity import PLAIN, rank_correlation
 from h2cache.eval.report.figures.output import Drawn, FigureOutput
@@ -43,12 +44,13 @@ class Motion(FigureOutput):
         steps.set_xlabel("denoising step")
         steps.set_ylabel("videos with a hit, %")
         if hits:
-            steps.legend(fontsize=7)
+            steps.legend(fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
         for method, rows in videos.groupby("method", sort=False):
             scatter.scatter(rows["psnr_frames"], rows["flicker"], s=8, color=looks[method].colour)
         scatter.set_yscale("log")
+        scatter.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        scatter.yaxis.set_minor_locator(NullLocator())
         scatter.yaxis.set_major_formatter(PLAIN)
-        scatter.yaxis.set_minor_formatter(PLAIN)
         scatter.set_xlabel("PSNR per frame, dB")
         scatter.set_ylabel("flicker, levels")
         return Drawn(figure, " ".join([*_when(hits), _flickers(videos), NOT_MEASURED]))
