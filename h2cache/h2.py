@@ -25,6 +25,9 @@ class H2CacheConfig(CacheConfig):
         order, sigma: order of the extrapolation, and the scale in (0, 1) of the Hermite basis.
         warmup_steps: first calls of a run that always compute.
         max_consecutive_hits: skips in a row after which a stage computes; None for no limit.
+        pieces: so many equal pieces along the pooled tokens are compared each by itself, and the one that changed most
+            decides; 1, the published method, compares them as one. A video's tokens come frame after frame, so that
+            pieces are blocks of frames; with the text in front in the detail stage.
         split: where a model has one block list, the fraction of it that is structure, in (0, 1); the rest is detail. By
             default FLUX.1's share, 19 of 57 blocks. Models with two lists have no use for it.
         stages: "both", or only "structure" or only "detail" (the functional-separation study).
@@ -36,7 +39,7 @@ class H2CacheConfig(CacheConfig):
     """
 
     record_name = "h2cache.h2.H2CacheConfig"
-    added_fields = ("split",)
+    added_fields = ("split", "pieces")
 
     tau1: float = 0.15
     tau2: float = 0.22
@@ -50,6 +53,7 @@ class H2CacheConfig(CacheConfig):
     max_consecutive_hits: int | None = None
     stages: str = "both"
     split: float = 1 / 3
+    pieces: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,6 +69,7 @@ class H2CacheConfig(CacheConfig):
         self._integer("max_consecutive_hits", 1, optional=True)
         self._one_of("stages", ("both", "structure", "detail"))
         self._fraction("split")
+        self._integer("pieces", 1)
 
     @property
     def split_fraction(self) -> float:
@@ -86,14 +91,14 @@ class H2CacheConfig(CacheConfig):
         structure = BlockStage(
             name="structure",
             roles=(STRUCTURE,),
-            probe=FirstBlockResidual(pool=self.pool1),
+            probe=FirstBlockResidual(pool=self.pool1, pieces=self.pieces),
             rule=self._rule(self.tau1),
             forecast=self._forecast(),
         )
         detail = BlockStage(
             name="detail",
             roles=(DETAIL,),
-            probe=FirstBlockResidual(with_text=True, pool=self.pool2),
+            probe=FirstBlockResidual(with_text=True, pool=self.pool2, pieces=self.pieces),
             rule=self._rule(self.tau2),
             forecast=self._forecast(),
             parent="structure" if both and self.hierarchical else None,

@@ -50,6 +50,17 @@ def deviation(reference: Tensor, current: Tensor) -> Tensor:
     return torch.stack([(reference - current).abs_().mean(), reference.abs().mean()])
 
 
+def worst_piece(reference: Tensor, current: Tensor, pieces: int) -> Tensor:
+    """The deviation of the one of so many equal pieces along the tokens whose relL1 is largest, shape (2,).
+
+    A piece without magnitude has no relL1, and is taken before all others, so that nothing hits.
+    """
+    pairs = zip(reference.tensor_split(pieces, dim=1), current.tensor_split(pieces, dim=1), strict=True)
+    deviations = torch.stack([deviation(*pair) for pair in pairs if pair[0].numel()])
+    ratios = deviations[:, 0] / deviations[:, 1]
+    return deviations[torch.where(deviations[:, 1] > 0, ratios, torch.inf).argmax()]
+
+
 def observe(
     after: Sequence[Tensor],
     before: Sequence[Tensor] | None,

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from .pfs import Shards, observe
+from .pfs import Shards, observe, worst_piece
 
 
 class ProbeInput(NamedTuple):
@@ -39,17 +39,24 @@ class FirstBlockResidual:
     """The probe of first-block methods: what the stage's first block adds to its input.
 
     Image tokens only, or all streams, text before image ([e; h]); pooled to about `pool` tokens (None: not pooled),
-    float32.
+    float32. With several `pieces`, equal ones along the pooled tokens, it deviates as the one that changed most.
     """
 
     with_text: bool = False
     pool: int | None = None
+    pieces: int = 1
     after_first_block = True
 
     def __call__(self, seen: ProbeInput, reference: Tensor | None) -> tuple[Tensor, Tensor | None]:
         assert seen.after is not None  # since it is `after_first_block`
         count = len(seen.after) if self.with_text else 1
-        return observe(seen.after[:count][::-1], seen.before[:count][::-1], self.pool, reference, seen.shards)
+        after, before = seen.after[:count][::-1], seen.before[:count][::-1]
+        if self.pieces == 1:
+            return observe(after, before, self.pool, reference, seen.shards)
+        if seen.shards is not None:
+            raise ValueError("pieces > 1 needs all tokens of an image in one process: set H2CacheConfig.pieces = 1")
+        summary, _ = observe(after, before, self.pool, None)
+        return summary, None if reference is None else worst_piece(reference, summary, self.pieces)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ REFUSED = [
         (H2CacheConfig, "split", value, "a number in (0, 1)")
         for value in (0, 1, -0.5, 1.5, math.nan, "0.5", None, True)
     ],
+    *[(H2CacheConfig, "pieces", value, ">= 1") for value in (0, -1, 1.5, "2", None, True)],
     *[(H2CacheConfig, "stages", value, "'both', 'structure', 'detail'") for value in ("double", None, 2, "Both")],
     *[(BlockCacheConfig, "threshold", value, THRESHOLD) for value in ("0.1", None, False, math.nan)],
     *[(TeaCacheConfig, "threshold", value, THRESHOLD) for value in ("0.1", None, False, math.nan)],
@@ -69,7 +70,7 @@ def test_a_refusal_names_class_field_value_and_what_is_allowed(config, name, val
         (H2CacheConfig, dict(tau1=-1, tau2=math.inf)),
         (H2CacheConfig, dict(pool1=None, pool2=1)),
         (H2CacheConfig, dict(hierarchical=False, stages="detail")),
-        (H2CacheConfig, dict(split=0.01)),
+        (H2CacheConfig, dict(split=0.01, pieces=5)),
         (H2CacheConfig, dict(forecast="hermite", order=4, sigma=0.999)),
         (H2CacheConfig, dict(warmup_steps=9, max_consecutive_hits=1, batch_decision="mean")),
         (BlockCacheConfig, dict(threshold=-1)),
@@ -107,6 +108,7 @@ def test_the_defaults_are_the_published_settings():
         max_consecutive_hits=None,
         stages="both",
         split=1 / 3,
+        pieces=1,
         batch_decision="sample",
     )
     assert dataclasses.asdict(BlockCacheConfig()) == dict(threshold=0.12, batch_decision="sample")

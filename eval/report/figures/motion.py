@@ -14,10 +14,6 @@ from h2cache.eval.report.figures.style import PAGE, looks_of
 from h2cache.eval.report.results import BASELINE, Results
 
 CLUSTERED = 1.5  # times the hits of another third of the steps
-NOT_MEASURED = (
-    "Whether a threshold for each block of frames would help is not measured: the engine decides once a step for the "
-    "whole video."
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,23 +33,22 @@ class Motion(FigureOutput):
             return None
         hits = hits_by_step(frame)
         looks = looks_of(frame["method"])
-        figure = Figure(figsize=(PAGE, 2.5), layout="constrained")
+        figure = Figure(figsize=(PAGE, 2.9), layout="constrained")
         steps, scatter = figure.subplots(1, 2)
         for method, share in hits.items():
-            steps.plot(np.arange(1, len(share) + 1), 100 * share, color=looks[method].colour, label=method)
+            steps.plot(np.arange(1, len(share) + 1), 100 * share, color=looks[method].colour)
         steps.set_xlabel("denoising step")
         steps.set_ylabel("videos with a hit, %")
-        if hits:
-            steps.legend(fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
         for method, rows in videos.groupby("method", sort=False):
-            scatter.scatter(rows["psnr_frames"], rows["flicker"], s=8, color=looks[method].colour)
+            scatter.scatter(rows["psnr_frames"], rows["flicker"], s=8, color=looks[method].colour, label=method)
+        figure.legend(fontsize=7, ncols=6, loc="outside upper center")
         scatter.set_yscale("log")
         scatter.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         scatter.yaxis.set_minor_locator(NullLocator())
         scatter.yaxis.set_major_formatter(PLAIN)
         scatter.set_xlabel("PSNR per frame, dB")
         scatter.set_ylabel("flicker, levels")
-        return Drawn(figure, " ".join([*_when(hits), _flickers(videos), NOT_MEASURED]))
+        return Drawn(figure, " ".join([*_when(hits), _flickers(videos)]))
 
 
 def hits_by_step(frame: pd.DataFrame) -> dict[str, np.ndarray]:

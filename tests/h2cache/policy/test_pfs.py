@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from h2cache.policy.pfs import deviation, observe, relative_l1, strides, summarize
+from h2cache.policy.pfs import deviation, observe, relative_l1, strides, summarize, worst_piece
+from h2cache.policy.probes import FirstBlockResidual, ProbeInput
 
 
 def relative(cached: torch.Tensor, current: torch.Tensor) -> float:
@@ -142,3 +143,46 @@ def test_what_cannot_be_compared_is_below_no_threshold(cached, current, expected
     difference = relative(torch.full((1, 2, 2), cached), torch.full((1, 2, 2), current))
     assert math.isnan(difference) if expected == "undefined" else difference == INF
     assert not difference < INF
+
+
+def changed_in_one_frame(tokens_a_frame: int = 4, frames: int = 5) -> tuple[tuple[torch.Tensor, ...], ...]:
+    """Streams before and after a block, at one step and at the next, where the residual of frame 3 has doubled."""
+    torch.manual_seed(0)
+    before, residual = torch.randn(2, 1, tokens_a_frame * frames, 8)
+    later = residual.clone()
+    later[:, 3 * tokens_a_frame : 4 * tokens_a_frame] *= 2
+    return (before,), (before + residual,), (before + later,)
+
+
+@pytest.mark.parametrize(("pieces", "expected"), [(1, None), (5, 1.0), (20, 1.0)])
+def test_of_several_pieces_the_one_that_changed_most_decides(pieces, expected):
+    before, first, second = changed_in_one_frame()
+    probe = FirstBlockResidual(pieces=pieces)
+    reference, _ = probe(ProbeInput(before, first, lambda: None), None)
+    _, found = probe(ProbeInput(before, second, lambda: None), reference)
+    whole = relative(*(after[0] - before[0] for after in (first, second)))
+    assert whole < 0.4
+    assert relative_l1([found.tolist()]) == pytest.approx(expected or whole, rel=1e-5)
+
+
+def test_pieces_are_of_the_pooled_tokens_and_may_differ_in_length():
+    torch.manual_seed(1)
+    reference, current = torch.randn(2, 1, 7, 3)
+    ratios = [relative(reference[:, rows], current[:, rows]) for rows in (slice(0, 3), slice(3, 5), slice(5, 7))]
+    assert relative_l1([worst_piece(reference, current, 3).tolist()]) == pytest.approx(max(ratios), rel=1e-6)
+
+
+def test_more_pieces_than_tokens_are_as_many_as_tokens():
+    reference, current = torch.tensor([[[1.0], [1.0]]]), torch.tensor([[[1.5], [3.0]]])
+    assert worst_piece(reference, current, 9).tolist() == [2.0, 1.0]
+
+
+def test_a_piece_without_magnitude_never_hits():
+    reference, current = torch.tensor([[[1.0], [0.0]]]), torch.tensor([[[1.0], [0.0]]])
+    assert math.isnan(relative_l1([worst_piece(reference, current, 2).tolist()]))
+
+
+def test_pieces_need_all_tokens_in_one_process():
+    before, first, _ = changed_in_one_frame()
+    with pytest.raises(ValueError, match=r"set H2CacheConfig\.pieces = 1"):
+        FirstBlockResidual(pieces=2)(ProbeInput(before, first, lambda: None, shards=object()), None)
