@@ -28,8 +28,8 @@ from h2cache.eval.files import atomic_files
 from h2cache.eval.generation.backends import applied
 from h2cache.eval.generation.generate import generate
 from h2cache.eval.generation.prompts import Prompt
-from h2cache.eval.models.environment import machine_name
-from h2cache.eval.models.pipelines import load_pipeline, takes
+from h2cache.eval.generation.sweep import Failure
+from h2cache.eval.models.pipelines import takes
 from h2cache.eval.models.schedulers import denoised_with
 from h2cache.eval.report.results import Tuning
 from h2cache.tuning import as_written
@@ -43,133 +43,166 @@ STEP_TRIALS = 4  # of a number of steps
 def matched(study: Study, model: Mapping[str, Any], messages: Console) -> Study:
     """The study with every setting that is to be matched as it was found, now or before.
 
-    Settings that have nothing to turn, such as a plan, stay as they are written. `model` is its identity. UserError
-    where speeds cannot be measured here.
+    The launcher makes the searches, where and as it draws. Settings that have nothing to turn, such as a plan, stay as
+    they are written. `model` is its identity. UserError for what cannot be tuned.
     """
-    if not any(experiment.match for experiment in study.experiments):
+    searches = _searches(study)
+    if not searches:
         return study
-    study.launcher.prepare()
+    machine = study.launcher.machine(study.model)
+    kept = _Kept(study.out / FOLDER, model, machine)
+    missing = {kept.file(search): search for search in searches.values() if kept.read(search) is None}
+    if missing:
 
-    def searched(setting: Setting, search: Search, target: Speedup) -> Tuning:
-        with bar(messages, f"matching {setting.name}") as show:
-            tuning = search(setting, target, show)
-        note = f"matched: {setting.name}, {tuning.words}, {tuning.speedup:.2f}x where {target.times:g}x is asked"
-        messages.print(note, markup=False, soft_wrap=True)
-        return tuning
+        def check(worker: str) -> None:
+            if worker != machine:
+                raise UserError(
+                    f"match: one worker is {worker}, and another is {machine}: speedups of different machines are not "
+                    "comparable; give the launcher machines of one kind"
+                )
 
-    return _with_tunings(study, model, machine_name(study.model), searched)
+        with bar(messages, "matching settings") as show:
+            for search, tuning in study.launcher.search(study.model, list(missing.values()), show, check):
+                if isinstance(tuning, Failure):
+                    raise UserError(f"match: {search.name} cannot be tuned: {tuning.reason}")
+                kept.write(search, tuning)
+                note = f"matched: {search.name}, {tuning.words}, {tuning.speedup:.2f}x where {tuning.asked:g}x is asked"
+                messages.print(note, markup=False, soft_wrap=True)
+    return _with_tunings(study, searches, kept)
 
 
 def as_matched(study: Study, model: Mapping[str, Any], machine: str) -> Study:
     """The study with every setting as it was found before, on `machine`; UserError if one never was."""
-
-    def missing(setting: Setting, search: Search, target: Speedup) -> Tuning:
-        raise UserError(f"{study.out / FOLDER} has no tuning of {setting.name}: finish the run with its own command")
-
-    return _with_tunings(study, model, machine, missing)
+    return _with_tunings(study, _searches(study), _Kept(study.out / FOLDER, model, machine))
 
 
-def _with_tunings(study: Study, model: Mapping[str, Any], machine: str, searched: "Searched") -> Study:
-    experiments = []
+Place = tuple[str, str]  # the experiment's name and the setting's
+
+
+def _searches(study: Study) -> dict[Place, "_Search"]:
+    """Of every setting that is to be matched. UserError for what cannot be."""
+    searches = {}
     for experiment in study.experiments:
-        settings = experiment.settings
-        if experiment.match:
-            bench = _bench(study, experiment)
-            identity = {"format": FORMAT, "model": dict(model), "machine": machine, **bench.identity()}
-            settings = tuple(_found(each, bench, identity, study.out / FOLDER, searched) for each in settings)
-        experiments.append(replace(experiment, settings=settings))
-    return replace(study, experiments=tuple(experiments))
+        for setting in experiment.settings if experiment.match else ():
+            if search := _search(study, experiment, setting):
+                searches[experiment.name, setting.name] = search
+    return searches
 
 
-def _found(
-    setting: Setting, bench: "_Bench", identity: Mapping[str, Any], folder: Path, searched: "Searched"
-) -> Setting:
-    """The setting with what was kept of an earlier search for it, or with what `searched` gives."""
-    search = bench.search(setting)
-    if search is None:
-        return setting
-    target = bench.match.target(setting.method)
-    identity = {**identity, **_written(setting), "asked": target.times}
-    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
-    file = folder / f"{name}.json"
-    tuning = _kept(file)
-    if tuning is None:
-        tuning = searched(setting, search, target)
-        _keep(file, identity, tuning)
-    if search == bench.by_steps:
-        return replace(setting, tuning=tuning, **tuning.fields)
-    return replace(setting, tuning=tuning, config=setting.config.updated(**tuning.fields))
-
-
-def _written(setting: Setting) -> dict[str, Any]:
-    """What a search starts from."""
-    method = setting.config.identity() if setting.config else {"method": "none", "fields": {}}
-    return {**method, "scheduler": setting.scheduler, "call": dict(setting.call), "steps": setting.steps}
-
-
-def _kept(file: Path) -> Tuning | None:
-    try:
-        return Tuning(**json.loads(file.read_bytes())["found"])
-    except (OSError, ValueError, KeyError, TypeError):  # not tuned yet, or damaged
-        return None
-
-
-def _keep(file: Path, identity: Mapping[str, Any], tuning: Tuning) -> None:
-    try:
-        file.parent.mkdir(exist_ok=True)
-        with atomic_files([file]) as (path,):
-            path.write_text(json.dumps({"search": identity, "found": asdict(tuning)}, indent=1), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror}; put that right and try again") from error
-
-
-def _bench(study: Study, experiment: Experiment) -> "_Bench":
+def _search(study: Study, experiment: Experiment, setting: Setting) -> "_Search | None":
+    """How to find a setting; None for the baseline, and for what has nothing to turn."""
     prompts, seed = experiment.tuning_prompts(study.prompts[experiment.prompts])
     if any(prompt.picture for prompt in prompts):
         raise UserError(f"{experiment.name}: match: settings are tuned on prompts alone, and these have pictures")
-    model, steps = study.model, experiment.steps or study.model.num_inference_steps
-    return _Bench(lambda: load_pipeline(model), model.call_arguments, experiment.match, prompts, seed, steps)
+    if setting.weights:
+        raise UserError(f"match: {setting.name} has weights of its own, which is not tuned: leave it out")
+    steps = experiment.steps or study.model.num_inference_steps
+    fields = (setting, experiment.match, study.model.call_arguments, prompts, seed, steps)
+    if setting.scheduler:
+        if experiment.match.measured != "time":
+            raise UserError(f"match: {setting.name} is matched by its number of steps, which needs measured: time")
+        return _OfSteps(*fields)
+    turns = isinstance(setting.config, CacheConfig) and as_written(setting.config)
+    return _OfKnob(*fields) if turns else None
 
 
-Search = Callable[[Setting, Speedup, Callable[[int, int], None]], Tuning]  # calls with (settings tried, of how many)
-Searched = Callable[[Setting, Search, Speedup], Tuning]  # what a search that was never made gives
+def _with_tunings(study: Study, searches: Mapping[Place, "_Search"], kept: "_Kept") -> Study:
+    def found(experiment: Experiment, setting: Setting) -> Setting:
+        search = searches.get((experiment.name, setting.name))
+        if search is None:
+            return setting
+        tuning = kept.read(search)
+        if tuning is None:
+            raise UserError(f"{kept.folder} has no tuning of {setting.name}: finish the run with its own command")
+        return search.tuned(tuning)
+
+    experiments = [
+        replace(experiment, settings=tuple(found(experiment, setting) for setting in experiment.settings))
+        for experiment in study.experiments
+    ]
+    return replace(study, experiments=tuple(experiments))
 
 
 @dataclass(frozen=True)
-class _Bench:
-    """Finds settings on `prompts`, the first with the noise of `seed`; the baseline takes `steps`.
+class _Kept:
+    """What was found with a model on a machine, one file in `folder` for each search."""
 
-    The pipeline is loaded by the first search: where all is known there is none.
+    folder: Path
+    model: Mapping[str, Any]
+    machine: str
+
+    def file(self, search: "_Search") -> Path:
+        name = hashlib.sha256(json.dumps(self._identity(search), sort_keys=True).encode()).hexdigest()[:24]
+        return self.folder / f"{name}.json"
+
+    def read(self, search: "_Search") -> Tuning | None:
+        """None: not tuned yet, or damaged."""
+        try:
+            return Tuning(**json.loads(self.file(search).read_bytes())["found"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def write(self, search: "_Search", tuning: Tuning) -> None:
+        file, content = self.file(search), {"search": self._identity(search), "found": asdict(tuning)}
+        try:
+            self.folder.mkdir(exist_ok=True)
+            with atomic_files([file]) as (path,):
+                path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write {file}: {error.strerror}; put that right and try again") from error
+
+    def _identity(self, search: "_Search") -> dict[str, Any]:
+        return search.identity() | {"model": dict(self.model), "machine": self.machine}
+
+
+@dataclass(frozen=True, eq=False)  # one search is one, whatever it says
+class _Search:
+    """Finds a setting on `prompts`, the first with the noise of `seed`; the baseline takes `steps`.
+
+    `call` has the arguments of the model's calls. All that a search measures is of the pipeline that it is given.
     """
 
-    pipeline: Callable[[], DiffusionPipeline]
-    call: Mapping[str, Any]
+    setting: Setting
     match: Match
+    call: Mapping[str, Any]
     prompts: Sequence[Prompt]
     seed: int
     steps: int
 
+    @property
+    def name(self) -> str:
+        return self.setting.name
+
+    @property
+    def target(self) -> Speedup:
+        """The speedup that is asked for."""
+        return self.match.target(self.setting.method)
+
     def identity(self) -> dict[str, Any]:
-        """What an answer depends on besides model, machine and setting."""
-        texts = [prompt.text for prompt in self.prompts]
-        return {"measured": self.match.measured, "prompts": texts, "seed": self.seed, "baseline_steps": self.steps}
+        """What the answer depends on besides model and machine."""
+        setting = self.setting
+        method = setting.config.identity() if setting.config else {"method": "none", "fields": {}}
+        return method | {
+            "format": FORMAT,
+            "measured": self.match.measured,
+            "asked": self.target.times,
+            "prompts": [prompt.text for prompt in self.prompts],
+            "seed": self.seed,
+            "baseline_steps": self.steps,
+            "scheduler": setting.scheduler,
+            "call": dict(setting.call),
+            "steps": setting.steps,
+        }
 
-    def search(self, setting: Setting) -> Search | None:
-        """How to find a setting; None for the baseline, and for what has nothing to turn. UserError as below."""
-        if setting.weights:
-            raise UserError(f"match: {setting.name} has weights of its own, which is not tuned: leave it out")
-        if setting.config is None and setting.scheduler is None:
-            return None
-        if setting.scheduler:
-            if self.match.measured != "time":
-                raise UserError(f"match: {setting.name} is matched by its number of steps, which needs measured: time")
-            return self.by_steps
-        turns = isinstance(setting.config, CacheConfig) and as_written(setting.config)
-        return self.by_knob if turns else None
+    def _tuning(self, fields: dict[str, Any], speedup: float, reached: bool) -> Tuning:
+        return Tuning(self.target.times, self.match.measured, fields, speedup, reached, len(self.prompts))
 
-    def by_knob(self, setting: Setting, target: Speedup, show: Callable[[int, int], None]) -> Tuning:
-        """The position of the method's threshold, pair of thresholds, or interval."""
-        pipe, knob = self.pipeline(), as_written(setting.config)
+
+class _OfKnob(_Search):
+    """The position of the method's threshold, pair of thresholds, or interval."""
+
+    def find(self, pipe: DiffusionPipeline, on_trial: Callable[[int, int], None]) -> Tuning:
+        setting, target, knob = self.setting, self.target, as_written(self.setting.config)
         arguments = self.call | {"num_inference_steps": setting.steps or self.steps} | dict(setting.call)
         tried = count(1)
         try:
@@ -181,31 +214,40 @@ class _Bench:
                 knobs=[knob],
                 seed=self.seed,
                 trials=TRIALS,
-                on_trial=lambda trial: show(next(tried), 1 + TRIALS),
+                on_trial=lambda trial: on_trial(next(tried), 1 + TRIALS),
                 **{name: value for name, value in arguments.items() if takes(pipe, name)},
             ).curve
         except Unreachable as error:
-            return self._tuning(target, _fields(error.best.config, knob.fields), target.of(error.best), reached=False)
+            return self._tuning(_fields(error.best.config, knob.fields), target.of(error.best), reached=False)
         nearest = min(curve, key=lambda trial: _distance(target.of(trial), target))
-        return self._tuning(target, _fields(nearest.config, knob.fields), target.of(nearest), reached=True)
+        return self._tuning(_fields(nearest.config, knob.fields), target.of(nearest), reached=True)
 
-    def by_steps(self, setting: Setting, target: Speedup, show: Callable[[int, int], None]) -> Tuning:
-        """The number of steps of the setting's scheduler."""
-        pipe = self.pipeline()
+    def tuned(self, tuning: Tuning) -> Setting:
+        return replace(self.setting, tuning=tuning, config=self.setting.config.updated(**tuning.fields))
+
+
+class _OfSteps(_Search):
+    """The number of steps of the setting's scheduler."""
+
+    def find(self, pipe: DiffusionPipeline, on_trial: Callable[[int, int], None]) -> Tuning:
+        target = self.target
         tried: dict[int, float] = {}
         steps = max(1, round(self.steps / target.times))
-        self._seconds(pipe, setting, steps, 0)  # the first call of a scheduler or method is slower than the others
+        self._seconds(pipe, self.setting, steps, 0)  # the first call of a scheduler or method is slower than the others
         while steps not in tried and len(tried) < STEP_TRIALS:
             ratios = []
             for index in range(len(self.prompts)):
                 before = self._seconds(pipe, None, self.steps, index)
-                ratios.append(before / self._seconds(pipe, setting, steps, index))
+                ratios.append(before / self._seconds(pipe, self.setting, steps, index))
             tried[steps] = statistics.median(ratios)
-            show(len(tried), STEP_TRIALS)
+            on_trial(len(tried), STEP_TRIALS)
             steps = max(1, round(steps * tried[steps] / target.times))
         nearest = min(tried, key=lambda steps: _distance(tried[steps], target))
         too_slow = nearest == 1 and tried[nearest] < target.times
-        return self._tuning(target, {"steps": nearest}, tried[nearest], reached=not too_slow)
+        return self._tuning({"steps": nearest}, tried[nearest], reached=not too_slow)
+
+    def tuned(self, tuning: Tuning) -> Setting:
+        return replace(self.setting, tuning=tuning, **tuning.fields)
 
     def _seconds(self, pipe: DiffusionPipeline, setting: Setting | None, steps: int, index: int) -> float:
         """What one image of the setting, or of the baseline, takes."""
@@ -213,9 +255,6 @@ class _Bench:
         cached = setting and setting.config
         with denoised_with(pipe, setting and setting.scheduler), applied(pipe, cached) if cached else nullcontext():
             return generate(pipe, self.prompts[index].text, self.seed + index, **arguments).total_seconds
-
-    def _tuning(self, target: Speedup, fields: dict[str, Any], speedup: float, reached: bool) -> Tuning:
-        return Tuning(target.times, self.match.measured, fields, speedup, reached, len(self.prompts))
 
 
 def _fields(config: CacheConfig, names: Sequence[str]) -> dict[str, Any]:

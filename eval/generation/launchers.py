@@ -7,19 +7,24 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from h2cache.eval.errors import UserError, check_count
 from h2cache.eval.files import REPOSITORY
 from h2cache.eval.generation.records import Cell, Drawn
-from h2cache.eval.generation.sweep import Batch, Failure, Painter, Watcher
+from h2cache.eval.generation.sweep import Batch, Failure, Painter, Search, Show, Watcher
+from h2cache.eval.models.environment import machine_name
 from h2cache.eval.models.pipelines import ModelConfig, resolve_device
 
-ATTEMPTS = 3  # at a cell whose worker dies, before it counts as failed
+if TYPE_CHECKING:
+    from h2cache.eval.report.results import Tuning
+
+ATTEMPTS = 3  # at a cell or a search whose worker dies, before it counts as failed
 DIED_LOADING = "a worker died while it loaded the model: is there memory for all of them?"
 
 
@@ -41,8 +46,23 @@ class LocalLauncher:
         check_count("launcher.workers", self.workers)
 
     def prepare(self) -> None:
+        """Make this process one to draw in."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
+
+    def machine(self, model: ModelConfig) -> str:
+        self.prepare()
+        return machine_name(model)
+
+    def search(
+        self, model: ModelConfig, searches: Sequence[Search], show: Show, on_machine: Callable[[str], None]
+    ) -> "Iterator[tuple[Search, Tuning]]":
+        """One after the other, in this process."""
+        self.prepare()
+        painter = Painter(model)
+        on_machine(painter.machine)
+        for search in searches:
+            yield search, painter.search(search, partial(show, title=f"matching {search.name}"))
 
     def draw(
         self, model: ModelConfig, batches: Sequence[Batch], watcher: Watcher, on_machine: Callable[[str], None]
@@ -145,7 +165,7 @@ def _work(model: ModelConfig, threads: int | None, parent: Connection) -> None:
 
 @dataclass(frozen=True)
 class RayLauncher:
-    """A pool of Ray actors, each with a pipeline of its own; a task is a prompt with all of its settings.
+    """A pool of Ray actors, each with a pipeline of its own; a task is a prompt with all of its settings, or a search.
 
     A worker that dies is replaced, and what it had not handed out is drawn again. Only the driver writes records; the
     workers need this repository and the model at the same paths.
@@ -164,18 +184,34 @@ class RayLauncher:
         check_count("launcher.workers", self.workers, optional=True)
         check_count("launcher.cpus_per_worker", self.cpus_per_worker)
 
-    def prepare(self) -> None:
-        raise UserError("match: speedups are measured where images are drawn, one after the other: use launcher=local")
+    def machine(self, model: ModelConfig) -> str:
+        with self._pool(model) as pool:
+            return pool.machine()
+
+    def search(
+        self, model: ModelConfig, searches: Sequence[Search], show: Show, on_machine: Callable[[str], None]
+    ) -> "Iterator[tuple[Search, Tuning | Failure]]":
+        """As many at a time as there are workers: all are as busy as they are while images are drawn."""
+        with self._pool(model) as pool:
+            tasks = [(search,) for search in searches]
+            for done, found in enumerate(pool.work(Painter.search, tasks, on_machine), start=1):
+                show(done, len(tasks), title="matching settings")
+                yield found
 
     def draw(
         self, model: ModelConfig, batches: Sequence[Batch], watcher: Watcher, on_machine: Callable[[str], None]
     ) -> Iterator[tuple[Cell, Drawn | Failure]]:
+        with self._pool(model) as pool:
+            yield from pool.work(Painter.draw, batches, on_machine)
+
+    @contextmanager
+    def _pool(self, model: ModelConfig) -> "Iterator[_Pool]":
+        """The workers, for as long as the block lasts. UserError where they cannot be had."""
         if model.device not in ("auto", "cpu", "cuda"):
             raise UserError(f"model.device={model.device}: Ray gives each worker its own GPU; use model.device=auto")
         with self._connected() as ray:
             count, gpus = self._size(ray.cluster_resources(), model)
-            pool = _Pool(ray, model, on_machine, {"num_cpus": self.cpus_per_worker, "num_gpus": gpus})
-            yield from pool.draw(batches, min(count, len(batches)))
+            yield _Pool(ray, model, count, {"num_cpus": self.cpus_per_worker, "num_gpus": gpus})
 
     @contextmanager
     def _connected(self) -> Iterator[Any]:
@@ -219,72 +255,90 @@ class RayLauncher:
 class Worker:
     """The actor. It loads in a call of its own, whose exceptions reach the driver as they are."""
 
+    def machine(self, model: ModelConfig) -> str:
+        """The machine's name, without the model."""
+        return machine_name(model)
+
     def load(self, model: ModelConfig) -> str:
         """The machine's name."""
         self._painter = Painter(model)
         return self._painter.machine
 
-    def draw(self, cells: Batch) -> Iterator[Drawn | Failure]:
-        for cell in cells:
-            yield self._painter.draw(cell)
+    def work(self, work: Callable[[Painter, Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        for item in items:
+            yield work(self._painter, item)
 
 
 class _Pool:
-    """Workers, and what each is drawing: a stream of results and the cells that have yet to come out of it."""
+    """Workers, and what each is at: a stream of results and the items that have yet to come out of it."""
 
-    def __init__(self, ray: Any, model: ModelConfig, on_machine: Callable[[str], None], resources: dict[str, int]):
+    def __init__(self, ray: Any, model: ModelConfig, count: int, resources: dict[str, int]):
         self._ray = ray
         self._model = model
-        self._on_machine = on_machine
+        self._count = count
         self._actor = ray.remote(**resources)(Worker)
-        self._deaths: Counter[Cell] = Counter()
-        self._running: dict[Any, tuple[Any, deque[Cell]]] = {}
 
-    def draw(self, batches: Sequence[Batch], workers: int) -> Iterator[tuple[Cell, Drawn | Failure]]:
-        waiting = deque(batches)
-        for worker in self._started(workers):
-            self._give(worker, waiting.popleft())
-        while self._running:
-            (stream, *_), _ = self._ray.wait(list(self._running), num_returns=1)
-            worker, cells = self._running[stream]
+    def machine(self) -> str:
+        """That of one worker."""
+        with self._starting():
+            return self._ray.get(self._actor.remote().machine.remote(self._model))
+
+    def work(
+        self, work: Callable[[Painter, Any], Any], tasks: Sequence[Sequence[Any]], on_machine: Callable[[str], None]
+    ) -> Iterator[tuple[Any, Any]]:
+        """Each item of each task with what `work` makes of it; a worker takes one task at a time, item by item."""
+        waiting, deaths = deque(tasks), Counter()
+        running: dict[Any, tuple[Any, deque[Any]]] = {}
+
+        def give(worker: Any, items: Sequence[Any]) -> None:
+            stream = worker.work.options(num_returns="streaming").remote(work, tuple(items))
+            running[stream] = worker, deque(items)
+
+        for worker in self._started(min(self._count, len(tasks)), on_machine):
+            give(worker, waiting.popleft())
+        while running:
+            (stream, *_), _ = self._ray.wait(list(running), num_returns=1)
+            worker, items = running[stream]
             try:
                 outcome = self._ray.get(next(stream))
             except StopIteration:
-                del self._running[stream]
+                del running[stream]
                 if waiting:
-                    self._give(worker, waiting.popleft())
+                    give(worker, waiting.popleft())
             except self._ray.exceptions.RayActorError:
-                del self._running[stream]
-                yield from _buried(cells, self._deaths)
-                if cells or waiting:
-                    (worker,) = self._started(1)
-                    self._give(worker, cells or waiting.popleft())
+                del running[stream]
+                yield from _buried(items, deaths)
+                if items or waiting:
+                    (worker,) = self._started(1, on_machine)
+                    give(worker, items or waiting.popleft())
             else:
-                yield cells.popleft(), outcome
+                yield items.popleft(), outcome
 
-    def _give(self, worker: Any, cells: Sequence[Cell]) -> None:
-        stream = worker.draw.options(num_returns="streaming").remote(tuple(cells))
-        self._running[stream] = worker, deque(cells)
-
-    def _started(self, count: int) -> list[Any]:
+    def _started(self, count: int, on_machine: Callable[[str], None]) -> list[Any]:
         """Workers that have loaded the model, side by side. UserError if they cannot."""
         workers = [self._actor.remote() for _ in range(count)]
-        try:
+        with self._starting():
             machines = self._ray.get([worker.load.remote(self._model) for worker in workers])
+        for machine in machines:
+            on_machine(machine)
+        return workers
+
+    @contextmanager
+    def _starting(self) -> Iterator[None]:
+        """What ends a worker's first call is raised as it was raised there, or is a UserError."""
+        try:
+            yield
         except self._ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, UserError) else error) from None
         except self._ray.exceptions.RayActorError as error:
             raise UserError(DIED_LOADING) from error
-        for machine in machines:
-            self._on_machine(machine)
-        return workers
 
 
-def _buried(cells: deque[Cell], deaths: Counter[Cell]) -> Iterator[tuple[Cell, Failure]]:
-    """Hand out the first of a dead worker's cells, which it died of, if it was not the first to."""
-    if not cells:
+def _buried(items: deque[Any], deaths: Counter[Any]) -> Iterator[tuple[Any, Failure]]:
+    """Hand out the first item of a dead worker, which it died of, if it was not the first to."""
+    if not items:
         return
-    deaths[cells[0]] += 1
-    if deaths[cells[0]] >= ATTEMPTS:
+    deaths[items[0]] += 1
+    if deaths[items[0]] >= ATTEMPTS:
         reason = f"its worker died, {ATTEMPTS} times"
-        yield cells.popleft(), Failure(reason, reason)
+        yield items.popleft(), Failure(reason, reason)

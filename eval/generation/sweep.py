@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from diffusers import DiffusionPipeline
@@ -23,7 +23,11 @@ from h2cache.eval.models.pipelines import ModelConfig, load_pipeline
 from h2cache.eval.models.schedulers import denoised_with
 from h2cache.eval.models.weights import Weights
 
+if TYPE_CHECKING:  # results know images, which is no reason for images to know results
+    from h2cache.eval.report.results import Tuning
+
 Batch = tuple[Cell, ...]  # of one prompt: what is drawn in one go
+Show = Callable[..., None]  # a bar, called with how many are done, of how many, and by name a `title`
 
 
 @dataclass(frozen=True)
@@ -65,11 +69,30 @@ class Watcher(Protocol):
         """That a cell is drawn and kept, or why it is not."""
 
 
+class Search(Protocol):
+    """What finds a setting by measuring it (eval/experiments/match.py); it can be sent to another process."""
+
+    @property
+    def name(self) -> str:
+        """The setting's."""
+
+    def find(self, pipe: DiffusionPipeline, on_trial: Callable[[int, int], None]) -> "Tuning":
+        """The setting that was found; `on_trial` is called with how many were tried, and of how many."""
+
+
 class Launcher(Protocol):
     """Where the work is done; eval/generation/launchers.py."""
 
-    def prepare(self) -> None:
-        """Make this process one to draw in, at the speed that `draw` has. UserError where that draws elsewhere."""
+    def machine(self, model: ModelConfig) -> str:
+        """The name of the machine that `draw` and `search` measure times of; the model is not loaded for it."""
+
+    def search(
+        self, model: ModelConfig, searches: Sequence[Search], show: Show, on_machine: Callable[[str], None]
+    ) -> Iterator[tuple[Search, "Tuning | Failure"]]:
+        """Make every search, in whatever order, and hand out what each has found when it is there.
+
+        Each is made whole on one of the pipelines that `draw` draws with. `on_machine`: as of `draw`.
+        """
 
     def draw(
         self, model: ModelConfig, batches: Sequence[Batch], watcher: Watcher, on_machine: Callable[[str], None]
@@ -112,6 +135,10 @@ class Painter:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return Failure(" ".join(reason.split()), details)
+
+    def search(self, search: Search, on_trial: Callable[[int, int], None] = lambda done, total: None) -> "Tuning":
+        """What a search finds with this pipeline."""
+        return search.find(self._pipe, on_trial)
 
     def _readied_by(self, cell: Cell) -> tuple[Any, ...]:
         """The same for two cells if drawing one makes the other as fast as it will be.

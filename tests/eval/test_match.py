@@ -1,10 +1,12 @@
 """Experiments whose settings are tuned to the same speedup before they are drawn."""
 
 import json
+import pickle
 import shutil
 import sys
 from dataclasses import replace
 from functools import cache
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 
@@ -22,6 +24,8 @@ from h2cache.eval.errors import UserError
 from h2cache.eval.experiments import match
 from h2cache.eval.experiments.match import matched
 from h2cache.eval.experiments.study import Study, read_study
+from h2cache.eval.generation import launchers
+from h2cache.eval.generation.sweep import Failure
 from h2cache.eval.report.results import Tuning
 from h2cache.eval.report.tables import MatchedTable
 
@@ -50,7 +54,7 @@ def tuned(arguments, tunings, tmp_path, monkeypatch) -> dict[str, Tuning]:
     """What was found with `arguments`, which are not to be tuned again."""
     kept, answer = tunings
     shutil.copytree(kept, tmp_path / "results/tunings")
-    monkeypatch.setattr(match, "load_pipeline", lambda model: pytest.fail("tuned again"))
+    monkeypatch.setattr(launchers, "Painter", lambda model: pytest.fail("tuned again"))
     return answer
 
 
@@ -135,7 +139,7 @@ def test_what_an_answer_depends_on_is_tuned_anew(arguments, tuned, change):
 def test_another_model_or_machine_is_tuned_anew(arguments, tuned, monkeypatch):
     with pytest.raises(pytest.fail.Exception, match="tuned again"):
         found(arguments, model="another")
-    monkeypatch.setattr(match, "machine_name", lambda model: "another")
+    monkeypatch.setattr(launchers, "machine_name", lambda model: "another")
     with pytest.raises(pytest.fail.Exception, match="tuned again"):
         found(arguments)
 
@@ -162,7 +166,7 @@ SOLVERS = instead("settings", f"{{{BASELINE}, Euler: {{method: none, scheduler: 
 def test_a_solver_gets_the_number_of_steps_that_is_nearest(arguments, monkeypatch, speedup, steps, reached):
     """A call takes one second for each step and one besides: 13 / 2 is the most that 12 steps can be sped up."""
     seconds = lambda self, pipe, setting, steps, index: 1 + steps  # noqa: E731
-    monkeypatch.setattr(match._Bench, "_seconds", seconds)
+    monkeypatch.setattr(match._OfSteps, "_seconds", seconds)
     asked = instead("match", f"{{speedup: {speedup}, prompts: 2}}")
     (tuning,) = found([*arguments, *SOLVERS, *asked]).values()
     assert (tuning.fields, tuning.reached) == ({"steps": steps}, reached)
@@ -172,6 +176,51 @@ def test_a_solver_gets_the_number_of_steps_that_is_nearest(arguments, monkeypatc
 def test_the_steps_of_a_solver_are_measured(arguments):
     (tuning,) = found([*arguments, *SOLVERS, *instead("match", "{speedup: 2, prompts: 2}")]).values()
     assert 1 <= tuning.fields["steps"] < STEPS and tuning.speedup > 1
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(not find_spec("ray"), reason="launcher=ray is an optional extra")
+def test_workers_of_ray_find_what_one_process_finds_and_know_it_the_next_time(arguments, tunings, tmp_path):
+    """Two searches, each whole on one of two workers; what is known needs no model."""
+    on_ray = [*(each for each in arguments if each != "launcher.workers=1"), "launcher=ray", "launcher.workers=2"]
+    kept, answer = tunings
+    assert found(on_ray) == answer
+    assert {file.name for file in (tmp_path / "results/tunings").iterdir()} == {file.name for file in kept.iterdir()}
+    assert found([*on_ray, f"model.path={tmp_path / 'absent'}"]) == answer
+
+
+def test_a_search_whose_workers_die_is_one_sentence_and_what_was_found_before_is_kept(arguments, tmp_path):
+    class Deadly(launchers.LocalLauncher):
+        """Makes the first search alone."""
+
+        def search(self, model, searches, show, on_machine):
+            yield from super().search(model, searches[:1], show, on_machine)
+            yield searches[1], Failure("its worker died, 3 times", "")
+
+    read = replace(study(arguments), launcher=Deadly())
+    read.out.mkdir()
+    with pytest.raises(UserError, match="match: Block Cache cannot be tuned: its worker died, 3 times"):
+        matched(read, {}, Console(file=StringIO()))
+    assert len(list((tmp_path / "results/tunings").iterdir())) == 1
+
+
+def test_a_search_can_be_sent_to_another_process(arguments):
+    for asked in (arguments, [*arguments, *SOLVERS, *instead("match", "{speedup: 2, prompts: 2}")]):
+        for search in match._searches(study(asked)).values():
+            sent = pickle.loads(pickle.dumps(search))
+            assert type(sent) is type(search) and sent.identity() == search.identity()
+
+
+def test_workers_on_machines_of_two_kinds_are_refused(arguments, monkeypatch):
+    class Two(launchers.LocalLauncher):
+        """A cluster whose first answer comes from another machine than its first worker."""
+
+        def machine(self, model):
+            return "an A100"
+
+    read = study(arguments)
+    with pytest.raises(UserError, match="another is an A100: speedups of different machines"):
+        matched(replace(read, launcher=Two()), {}, Console(file=StringIO()))
 
 
 def test_settings_with_nothing_to_turn_stay(arguments):
@@ -190,7 +239,6 @@ def test_settings_with_nothing_to_turn_stay(arguments):
         (instead("match", "{speedup: 2, prompts: 2, apart: {HiCache: 3}}"), "HiCache"),
         (instead("match", "{speedup: 2, prompts: 5}"), "leaves none of 5 prompts"),
         (SOLVERS, "needs measured: time"),
-        (["launcher=ray"], "launcher=local"),
     ],
 )
 def test_what_cannot_be_matched_is_one_sentence(arguments, change, words):
