@@ -12,25 +12,26 @@ import copy
 import gc
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from attachments import take_off
-from diffusers import FluxPipeline, FluxTransformer2DModel
 from hypothesis import settings
-from pictures import own_pipeline
 from repository import REPOSITORY
-from tiny import save_tiny_pipeline, tiny_transformer
-from waits import hide_timesteps
 
-torch.set_num_threads(1)
+# torch and diffusers are imported where they are needed: the process that hands out the tests runs none, and the others
+# wait for it before they start.
+if TYPE_CHECKING:
+    from diffusers import FluxPipeline, FluxTransformer2DModel
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=20, print_blob=False)
 settings.load_profile("repeatable")
 
 
 def pytest_collection_finish() -> None:
-    """What has been imported lives as long as the process: the garbage collector need not look through it each time."""
+    """One thread. And what has been imported lives as long as the process: the garbage collector need not see it."""
+    import torch
+
+    torch.set_num_threads(1)
     gc.collect()
     gc.freeze()
 
@@ -42,52 +43,67 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(scope="session")
 def tiny_pipe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny pipeline on disk, for tests that load their own."""
+    from tiny import save_tiny_pipeline
+
     return save_tiny_pipeline(tmp_path_factory.mktemp("tiny") / "pipeline")
 
 
 @pytest.fixture(scope="session")
-def _shared_tiny_pipe(tiny_pipe_folder: Path) -> FluxPipeline:
+def _shared_tiny_pipe(tiny_pipe_folder: Path) -> "FluxPipeline":
     return _load(tiny_pipe_folder)
 
 
 @pytest.fixture
-def tiny_pipe(_shared_tiny_pipe: FluxPipeline):
+def tiny_pipe(_shared_tiny_pipe: "FluxPipeline"):
     """A FluxPipeline of random weights, shared by the session: leave it as you found it."""
+    from attachments import take_off
+
     yield _shared_tiny_pipe
     take_off(_shared_tiny_pipe.transformer)
 
 
 @pytest.fixture
-def own_pipe(tiny_pipe) -> FluxPipeline:
+def own_pipe(tiny_pipe) -> "FluxPipeline":
     """A pipeline with a transformer to spoil."""
+    from pictures import own_pipeline
+
     return own_pipeline(tiny_pipe, transformer=copy.deepcopy(tiny_pipe.transformer))
 
 
 @pytest.fixture
-def transformer() -> FluxTransformer2DModel:
+def transformer() -> "FluxTransformer2DModel":
     """The tiny transformer, fresh for every test: 2 double and 3 single blocks."""
+    from tiny import tiny_transformer
+
     return tiny_transformer(double=2, single=3, seed=0, guidance=True)
 
 
 @pytest.fixture
 def timesteps_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine sees timesteps as on an accelerator; the model gets the plain ones."""
+    from waits import hide_timesteps
+
     hide_timesteps(monkeypatch)
 
 
 @pytest.fixture(scope="session")
-def _shared_flux_mini() -> FluxPipeline:
+def _shared_flux_mini() -> "FluxPipeline":
     return _load(REPOSITORY / "assets" / "flux-mini")
 
 
 @pytest.fixture
-def flux_mini(_shared_flux_mini: FluxPipeline):
+def flux_mini(_shared_flux_mini: "FluxPipeline"):
     """The embedded, trained model, loaded once a session: leave it as you found it."""
+    from attachments import take_off
+
     yield _shared_flux_mini
     take_off(_shared_flux_mini.transformer)
 
 
-def _load(folder: Path) -> FluxPipeline:
+def _load(folder: Path) -> "FluxPipeline":
+    import torch
+    from diffusers import FluxPipeline
+
     pipe = FluxPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -118,6 +118,7 @@ def test_the_wheel_claims_one_name_and_has_no_weights(installed):
     assert not [name for name in names if name.endswith(".safetensors")]
 
 
+@pytest.mark.thorough
 def test_the_program_and_the_library_work_from_the_wheel(installed, tiny_pipe_folder):
     told = " ".join(run(installed, "-c", SNIPPET, "doctor", str(tiny_pipe_folder)).split())
     assert "flux1-dev" in told and "flux-mini" in told and "git clone" in told  # where the embedded weights are

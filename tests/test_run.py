@@ -106,11 +106,10 @@ def pixels(file: Path) -> np.ndarray:
     return np.asarray(Image.open(file))
 
 
-def test_a_run_draws_what_the_library_draws_and_writes_it_down(tiny_pipe, tiny_pipe_folder, tmp_path):
+def test_a_run_draws_what_the_library_draws_and_writes_it_down(draws, tiny_pipe, tiny_pipe_folder, tmp_path):
+    """tests/test_package.py starts run.py as a program."""
     fields = ["method.tau1=0.25", "method.tau2=0.3", "seed=3"]
-    process = start(*arguments_for(tiny_pipe_folder), f"prompt={PROMPT}", *fields, "out=cat.png", cwd=tmp_path)
-    code, stdout, stderr = finish(process)
-    assert (code, stderr) == (0, "")
+    stdout = draws(*arguments_for(tiny_pipe_folder), f"prompt={PROMPT}", *fields, "out=cat.png")
 
     with h2cache.apply(tiny_pipe, H2CacheConfig(tau1=0.25, tau2=0.3)) as handle:
         expected = drawn_directly(tiny_pipe, seed=3)

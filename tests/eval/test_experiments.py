@@ -149,15 +149,19 @@ def test_experiments_with_pictures_are_for_models_that_take_them(name):
         study(f"experiment={name}")
 
 
+@pytest.mark.parametrize("name", sorted(OF_VIDEOS))
 @pytest.mark.parametrize("model", MAKE_VIDEOS)
-def test_experiments_of_videos_are_for_models_that_make_them(model):
-    for name in OF_VIDEOS:
-        (found,) = study(f"model={model}", f"experiment={name}").experiments
-        assert found.settings[0].name == "Baseline" and "psnr_frames" in found.metrics
-        with pytest.raises(UserError, match=f"model=flux-mini makes images, and experiment={name} measures videos"):
-            study(f"experiment={name}")
+def test_experiments_of_videos_are_for_models_that_make_them(model, name):
+    (found,) = study(f"model={model}", f"experiment={name}").experiments
+    assert found.settings[0].name == "Baseline" and "psnr_frames" in found.metrics
     with pytest.raises(UserError, match=f"model={model} makes videos.*choose experiment=.video"):
-        study(f"model={model}")
+        study(f"model={model}", "experiment=separation")
+
+
+@pytest.mark.parametrize("name", sorted(OF_VIDEOS))
+def test_experiments_of_videos_are_not_for_models_that_make_images(name):
+    with pytest.raises(UserError, match=f"model=flux-mini makes images, and experiment={name} measures videos"):
+        study(f"experiment={name}")
 
 
 def test_experiments_share_what_they_draw():

@@ -2,9 +2,9 @@
 
 import errno
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from repository import REPOSITORY
 
 from h2cache import H2CacheConfig, PlanConfig
 from h2cache.baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
@@ -213,20 +212,25 @@ def test_a_failure_is_noted_until_the_image_is_there(store, tmp_path):
 
 def test_one_run_at_a_time_writes_to_a_folder(store, tmp_path):
     """Another process is refused; when the lock's owner is killed, its half-written files go and others may write."""
-    owner = (
-        "import sys, time; from pathlib import Path; from h2cache.eval.generation.records import Store\n"
-        f"with Store(Path({str(tmp_path)!r}), {{}}).locked(): print('locked', flush=True); time.sleep(60)"
-    )
-    root = REPOSITORY
-    process = subprocess.Popen([sys.executable, "-c", owner], cwd=root, stdout=subprocess.PIPE, text=True)
+    said, saying = os.pipe()
+
+    def own() -> None:
+        with Store(tmp_path, {}).locked():
+            os.write(saying, b"locked")
+            time.sleep(60)
+
+    process = multiprocessing.get_context("fork").Process(target=own)  # a fresh one would import for seconds
+    process.start()
+    os.close(saying)
     try:
-        assert process.stdout.readline() == "locked\n"
+        assert os.read(said, 6) == b"locked"
         (tmp_path / ".half.1a2b3c4d.png").touch()
         with pytest.raises(UserError, match="another run writes to"), store.locked():
             pass
     finally:
         process.kill()
-        process.wait()
+        process.join()
+        os.close(said)
     assert ".half.1a2b3c4d.png" in names(tmp_path)
     with store.locked():
         assert names(tmp_path) == [".lock"]

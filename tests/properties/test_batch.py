@@ -6,14 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loops import attentions, blocks_of, denoise, executions
-from methods_under_test import EARLY, FIRST_BLOCK, MEASURING, METHODS, SCHEDULED, measures, warmup_steps
+from methods_under_test import EARLY, FIRST_BLOCK, MEASURING, METHODS, SCHEDULED, every_method, measures, warmup_steps
 from pictures import is_mixed, partial_steps, picture
 from torch import Tensor, nn
 
 import h2cache
 from h2cache import CacheConfig, Decision, H2CacheConfig, Handle
 
-every_method = pytest.mark.parametrize("config", METHODS)
 every_measuring_method = pytest.mark.parametrize("config", MEASURING)
 every_schedule = pytest.mark.parametrize("config", SCHEDULED)
 BATCH = 4

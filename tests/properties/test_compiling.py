@@ -37,8 +37,9 @@ def graphs() -> int:
 COMPILED = [
     pytest.param(method.values[0], when, id=f"{method.id}-{when}", marks=marks)
     for methods, when, marks in (
-        (KINDS[:1] + METHODS[-1:] + EARLY, "after", ()),
+        (KINDS[:1] + EARLY, "after", ()),
         (MODULES[-1:], "before", ()),
+        (METHODS[-1:], "after", pytest.mark.thorough),
         (KINDS[:1], "before", pytest.mark.thorough),
         (MODULES[-1:], "after", pytest.mark.thorough),
     )

@@ -6,22 +6,16 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from interruptions import Interruption, break_off_between_steps, called_at_every_step
 from loops import denoise, denoising
-from methods_under_test import (
-    METHODS,
-    every_method_once,
-)
+from methods_under_test import every_method, every_method_once
 from pictures import alone, is_mixed, own_pipeline, picture
 from tiny import tiny_transformer
 
 import h2cache
 from h2cache import Decision
 from h2cache.trace import KEPT_RUNS, Row, Trace
-
-every_method = pytest.mark.parametrize("config", METHODS)
 
 
 @every_method_once("pattern", {pattern: pattern for pattern in ("ABC", "AABBC", "ABBBBBCA")}, most="AABBC")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
 from loops import denoise
-from methods_under_test import METHODS, every_method_once, measures
+from methods_under_test import every_method, every_method_once, measures
 from pictures import is_mixed, partial_steps
 from tiny import tiny_transformer
 from torch import Tensor, nn
@@ -21,7 +21,6 @@ from h2cache.baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, Tay
 from h2cache.policy.clusters import ClusterMemory, Clusters
 from h2cache.policy.forecasts import BackcastHermite
 
-every_method = pytest.mark.parametrize("config", METHODS)
 STEPS = 14
 
 

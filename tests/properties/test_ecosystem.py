@@ -13,6 +13,7 @@ from methods_under_test import (
     EARLY,
     METHODS,
     MODULES,
+    every_method,
     every_method_once,
     measures,
     never_hitting,
@@ -27,7 +28,6 @@ from torch import Tensor, nn
 
 import h2cache
 
-every_method = pytest.mark.parametrize("config", METHODS)
 before_or_after = pytest.mark.parametrize("when", ["before", "after"])
 every_method_before_or_after = every_method_once("when", {"before": "before", "after": "after"}, most="after")
 

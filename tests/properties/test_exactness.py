@@ -14,7 +14,7 @@ from attachments import assert_same_inside, inside
 from diffusers.hooks import HookRegistry
 from diffusers.hooks import ModelHook as DiffusersHook
 from loops import blocks_of, denoise, denoising
-from methods_under_test import KINDS, METHODS, every_method_once, never_hitting, skips_modules, some_kinds
+from methods_under_test import KINDS, every_method, every_method_once, never_hitting, skips_modules, some_kinds
 from peft import LoraConfig
 from pictures import is_mixed, picture
 from thorough import named, product
@@ -23,8 +23,6 @@ from torch import nn
 
 import h2cache
 from h2cache.baselines import HiCacheConfig, TaylorSeerConfig
-
-every_method = pytest.mark.parametrize("config", METHODS)
 
 REQUESTS = {
     "plain": {},

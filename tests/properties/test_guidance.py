@@ -7,16 +7,13 @@ import copy
 from contextlib import contextmanager
 from typing import Any
 
-import pytest
 import torch
 from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxKontextPipeline, FluxPipeline
-from methods_under_test import METHODS, every_method_once, measures, some_kinds
+from methods_under_test import every_method, every_method_once, measures, some_kinds
 from pictures import alone, is_mixed, own_pipeline, partial_steps, picture
 from torch import nn
 
 import h2cache
-
-every_method = pytest.mark.parametrize("config", METHODS)
 
 IMAGE = torch.linspace(0, 1, 64).expand(1, 3, 64, 64)
 MASK = (torch.arange(64) < 32).float().expand(1, 1, 64, 64)

@@ -8,23 +8,13 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxPipeline
 from interruptions import Interruption, break_off_between_steps, called_at_every_step
 from loops import before_each_call, denoise, denoising, position_ids
-from methods_under_test import (
-    EARLY,
-    METHODS,
-    MODULES,
-    SOME_KINDS,
-    measures,
-    some_kinds,
-    warmup_steps,
-)
+from methods_under_test import EARLY, METHODS, MODULES, SOME_KINDS, every_method, measures, some_kinds, warmup_steps
 from pictures import alone, is_mixed, own_pipeline, picture
 from thorough import named, product
 from waits import hide_timesteps
 
 import h2cache
 from h2cache import Decision, H2CacheConfig
-
-every_method = pytest.mark.parametrize("config", METHODS)
 
 
 @pytest.fixture(params=["cpu-timestep", "device-timestep"])

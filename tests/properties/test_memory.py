@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from loops import denoise, denoising
-from methods_under_test import METHODS, SCHEDULED, measures
+from methods_under_test import METHODS, SCHEDULED, every_method, measures
 from pictures import is_mixed, own_pipeline, picture
 from thorough import named, product
 from tiny import tiny_transformer
@@ -20,8 +20,6 @@ from h2cache import CacheConfig, H2CacheConfig
 from h2cache.baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
 from h2cache.policy.stages import ModuleStage, Stage
 from h2cache.trace import KEPT_RUNS
-
-every_method = pytest.mark.parametrize("config", METHODS)
 
 WIDTH, HEAD_DIM, CHANNELS, DOUBLE, SINGLE = 32, 16, 16, 2, 3  # of the tiny transformer
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from itertools import count, cycle
 from typing import Any
+from zlib import crc32
 
 import pytest
 from thorough import named, product
@@ -88,17 +89,36 @@ SOME_KINDS = [
 
 some_kinds = product("config", KINDS, kept=lambda method: method in SOME_KINDS)
 
+# Of the same kind as another, and different in numbers: how far a probe is pooled, how a forecast is made.
+VARIANTS = [method.id for method in METHODS if method not in KINDS]
 
-def every_method_once(name: str, values: dict[str, Any], most: str) -> pytest.MarkDecorator:
-    """(config, `name`): every method with the value called `most`, and two methods with each of the other `values`.
+
+def drawn_for(test: Callable[..., None]) -> set[str]:
+    """The methods that `make test` runs a test with: one of each kind, and of the variants one that its name draws."""
+    variant = VARIANTS[crc32(test.__name__.encode()) % len(VARIANTS)]
+    return {method.id for method in KINDS} | {variant}
+
+
+def every_method(test: Callable[..., None]) -> Callable[..., None]:
+    """(config): every method. All but those of `drawn_for` are thorough."""
+    return product("config", METHODS, kept=lambda method: method in drawn_for(test))(test)
+
+
+def every_method_once(name: str, values: dict[str, Any], most: str) -> Callable[[Callable[..., None]], Callable]:
+    """(config, `name`): every method of `drawn_for` with the value called `most`, and two with each of the others.
 
     Of the two one measures and one follows a schedule; the next value has the next two. The rest is thorough.
     """
     others = [key for key in values if key != most]
-    covered = {(method.id, most) for method in METHODS}
+    two_each = set()
     for kinds in ([each for each in KINDS if each in MEASURING], [each for each in KINDS if each in SCHEDULED]):
-        covered |= {(method.id, key) for method, key in zip(cycle(kinds), others, strict=False)}
-    return product(f"config, {name}", METHODS, named(values), kept=lambda *ids: ids in covered)
+        two_each |= {(method.id, key) for method, key in zip(cycle(kinds), others, strict=False)}
+
+    def mark(test: Callable[..., None]) -> Callable[..., None]:
+        covered = two_each | {(method, most) for method in drawn_for(test)}
+        return product(f"config, {name}", METHODS, named(values), kept=lambda *ids: ids in covered)(test)
+
+    return mark
 
 
 def never_hitting(config: CacheConfig) -> CacheConfig:

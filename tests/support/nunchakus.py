@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +21,8 @@ import torch
 from attachments import take_off
 from diffusers import FluxTransformer2DModel
 from loops import denoise, denoising
-from methods_under_test import METHODS, has_clusters, methods, skips_modules
+from methods_under_test import METHODS, has_clusters, measures, methods, skips_modules
+from thorough import product
 from tiny import tiny_transformer
 from torch import Tensor, nn
 
@@ -32,6 +33,8 @@ CLASSES = {"v1": "NunchakuFluxTransformer2dModel", "v2": "NunchakuFluxTransforme
 # Both generations run blocks whole.
 STAGED = methods(lambda config: not skips_modules(config))
 REFUSED = methods(skips_modules)
+# The first that measures and the first with a schedule, where a test has more to vary than the method.
+ONE_OF_EACH_SORT = list({measures(each.values[0]): each.id for each in reversed(STAGED)}.values())
 assert any(has_clusters(method.values[0]) for method in REFUSED) and len(STAGED) + len(REFUSED) == len(METHODS)
 
 
@@ -118,16 +121,30 @@ def _real(generation: str) -> Subject:
     return Subject(generation, made, real=True)
 
 
+def _subject(name: str, *marks: pytest.MarkDecorator) -> Any:
+    return pytest.param(name, id=name, marks=marks)
+
+
+REAL = (pytest.mark.nunchaku, pytest.mark.thorough)
 SUBJECTS = [
-    "v1-standin",
-    "v2-standin",
-    pytest.param("v1-nunchaku", marks=[pytest.mark.nunchaku, pytest.mark.thorough]),
-    pytest.param("v2-nunchaku", marks=[pytest.mark.nunchaku, pytest.mark.thorough]),
+    *(_subject("v1-standin"), _subject("v2-standin")),
+    *(_subject("v1-nunchaku", *REAL), _subject("v2-nunchaku", *REAL)),
 ]
 
 
 # Instead of all, for a test with batches: those whose kernels take more than one image at a time.
 batching = pytest.mark.parametrize("subject", SUBJECTS[::2], indirect=True)
+
+
+def in_turn(method: str, subject: str) -> bool:
+    """Whether `make test` runs a method on a subject: the methods take the generations in turn, two have both."""
+    ids = [each.id for each in STAGED]
+    return method in ONE_OF_EACH_SORT or subject.startswith(("v1", "v2")[ids.index(method) % 2])
+
+
+def on_subjects(methods: Sequence) -> pytest.MarkDecorator:
+    """(config, subject): each method on each generation. What `in_turn` leaves out is thorough."""
+    return product("config, subject", methods, SUBJECTS, kept=in_turn, indirect=["subject"])
 
 
 @pytest.fixture(params=SUBJECTS)

@@ -12,13 +12,16 @@ def named(values: Mapping[str, Any]) -> list:
     return [pytest.param(value, id=name) for name, value in values.items()]
 
 
-def product(names: str, *axes: Sequence, kept: Callable[..., bool]) -> pytest.MarkDecorator:
+def product(
+    names: str, *axes: Sequence, kept: Callable[..., bool], indirect: Sequence[str] = ()
+) -> pytest.MarkDecorator:
     """Every combination of the axes' cases, each a `pytest.param` with an id.
 
     Args:
         names: the test's arguments, those of the first axis first.
         axes: the cases of each.
         kept: (an id of each axis) -> whether `make test` runs the combination. The others are thorough.
+        indirect: those of the arguments that are fixtures, as pytest's.
     """
     cases = []
     for combination in itertools.product(*axes):
@@ -27,4 +30,4 @@ def product(names: str, *axes: Sequence, kept: Callable[..., bool]) -> pytest.Ma
         values = [value for case in combination for value in case.values]
         marks += [] if kept(*ids) else [pytest.mark.thorough]
         cases.append(pytest.param(*values, id="-".join(ids), marks=marks))
-    return pytest.mark.parametrize(names, cases)
+    return pytest.mark.parametrize(names, cases, indirect=list(indirect))

@@ -13,7 +13,7 @@ import torch
 from attachments import assert_same_inside, inside
 from loops import position_ids
 from methods_under_test import KINDS, always_hitting, measures, never_hitting, runs_first_block, warmup_steps
-from nunchakus import REFUSED, STAGED, Subject, batching, nunchaku, subject  # noqa: F401
+from nunchakus import REFUSED, STAGED, SUBJECTS, Subject, batching, in_turn, nunchaku, on_subjects, subject  # noqa: F401
 from pictures import is_mixed, partial_steps, run_record
 from thorough import named, product
 from torch import Tensor
@@ -23,8 +23,9 @@ import h2cache
 from h2cache import CacheConfig, Decision, H2CacheConfig
 from h2cache.handle import Handle
 
-every_method = pytest.mark.parametrize("config", STAGED)
-kinds = pytest.mark.parametrize("config", [method for method in STAGED if method in KINDS])
+every_method = pytest.mark.parametrize("config", STAGED)  # with `batching`, which has one generation alone
+methods_in_turn = on_subjects(STAGED)
+kinds_in_turn = on_subjects([method for method in STAGED if method in KINDS])
 
 
 def decisions(handle: Handle) -> list[Decision]:
@@ -56,10 +57,12 @@ def guided(subject: Subject, **options: Any) -> Tensor:
 
 
 @product(
-    "config, request_",
+    "config, request_, subject",
     STAGED,
     named({"plain": {}, "odd": {"height": 3, "width": 5}}),
-    kept=lambda _, size: size == "odd",
+    SUBJECTS,
+    kept=lambda method, size, subject: size == "odd" and in_turn(method, subject),
+    indirect=["subject"],
 )
 def test_never_hitting_changes_no_bit(config, request_, subject):
     assert_no_bit_changes(subject, config, **request_)
@@ -96,7 +99,7 @@ def test_a_batch_that_the_kernels_do_not_take_is_refused(subject):
             subject.denoise(batch=batch)
 
 
-@every_method
+@methods_in_turn
 def test_every_block_is_counted(config, subject):
     """The numbers of blocks are the model's; a hit leaves out all but the first of its stage, or all."""
     model = subject.transformer.config
@@ -110,7 +113,7 @@ def test_every_block_is_counted(config, subject):
         assert row.blocks_computed == (left if row.decision.skips else record.stage_blocks[row.stage])
 
 
-@every_method
+@methods_in_turn
 def test_removal_leaves_the_model_as_it_was(config, subject):
     model = subject.transformer
     plain = subject.denoise()
@@ -127,7 +130,7 @@ def test_removal_leaves_the_model_as_it_was(config, subject):
     assert handle.held_bytes() == 0 and len(handle.trace) > 0
 
 
-@every_method
+@methods_in_turn
 def test_removal_in_the_middle_of_a_run_and_by_an_error(config, subject):
     subject.denoise(steps=1)  # V1 notes its last arguments on itself
     before = inside(subject.transformer)
@@ -142,7 +145,7 @@ def test_removal_in_the_middle_of_a_run_and_by_an_error(config, subject):
     assert_same_inside(subject.transformer, before)
 
 
-@kinds
+@kinds_in_turn
 def test_applying_again_replaces(config, subject):
     subject.denoise(steps=1)  # V1 notes its last arguments on itself
     before = inside(subject.transformer)
@@ -162,7 +165,7 @@ class Interruption(Exception):
     """What breaks a run off."""
 
 
-@every_method
+@methods_in_turn
 def test_a_session_of_runs(config, subject):
     """Whatever came before, a run is as if alone: aborted runs, other sizes, batches, steps and prompts, guidance."""
 
@@ -213,7 +216,7 @@ def fail_at(number: int) -> Any:
     return fail
 
 
-@every_method
+@methods_in_turn
 def test_a_loop_that_keeps_its_position_ids(config, subject):
     requests = [dict(seed=0), dict(seed=1, steps=7), dict(seed=0, text_tokens=9)]
     expected = []
@@ -226,7 +229,7 @@ def test_a_loop_that_keeps_its_position_ids(config, subject):
             assert torch.equal(subject.denoise(img_ids=ids, **requests[number]), expected[number])
 
 
-@every_method
+@methods_in_turn
 def test_branches_of_guidance_have_memories_of_their_own(config, subject):
     """With thresholds that all is below, a branch that saw the other's memory would show it."""
     config = always_hitting(config)
@@ -257,7 +260,7 @@ def test_each_image_of_a_batch_is_decided_as_if_alone(config, subject):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("config", [method for method in STAGED if measures(method.values[0])])
+@on_subjects([method for method in STAGED if measures(method.values[0])])
 def test_a_probe_that_is_no_number_computes_and_spoils_no_other_step(config, value, subject):
     config = always_hitting(config)
     bad, outputs = 4, []
@@ -281,7 +284,7 @@ def test_a_probe_that_is_no_number_computes_and_spoils_no_other_step(config, val
             assert row.decision.skips
 
 
-@every_method
+@methods_in_turn
 def test_memory_is_freed_when_a_run_ends(config, subject):
     held = []
     with h2cache.apply(subject.transformer, config) as handle:
@@ -296,7 +299,7 @@ def test_memory_is_freed_when_a_run_ends(config, subject):
         assert handle.held_bytes() == 0
 
 
-@every_method
+@methods_in_turn
 def test_one_wait_for_each_decided_stage_and_none_for_others(config, subject, timesteps_elsewhere):
     if subject.real:
         pytest.skip("waits are counted on the CPU")
@@ -309,7 +312,7 @@ def test_one_wait_for_each_decided_stage_and_none_for_others(config, subject, ti
     assert not measures(config) or sum(waits) > 0
 
 
-@kinds
+@kinds_in_turn
 def test_settings_change_in_the_middle_of_a_run(config, subject):
     off = never_hitting(config)
     changes = {name: value for name, value in vars(off).items() if value != getattr(config, name)}

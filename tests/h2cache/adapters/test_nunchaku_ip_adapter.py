@@ -9,8 +9,9 @@ import pytest
 import torch
 from attachments import assert_same_inside, inside
 from methods_under_test import KINDS, never_hitting
-from nunchakus import STAGED, Subject, flux, nunchaku, standin  # noqa: F401
+from nunchakus import ONE_OF_EACH_SORT, STAGED, Subject, flux, nunchaku, standin  # noqa: F401
 from pictures import is_mixed
+from thorough import named, product
 from torch import Tensor, nn
 
 import h2cache
@@ -59,8 +60,12 @@ def in_arguments(seed: int) -> Change:
     return add
 
 
-@pytest.mark.parametrize("before", [None, in_arguments(1)], ids=["front", "arguments"])
-@every_method
+@product(
+    "config, before",
+    STAGED,
+    named({"front": None, "arguments": in_arguments(1)}),
+    kept=lambda method, where: where == "arguments" or method in ONE_OF_EACH_SORT,
+)
 def test_never_hitting_changes_no_bit(config, before, v1, put_on):
     without = v1.denoise()
     put_on(v1)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from loops import denoise, denoising
 from methods_under_test import KINDS, never_hitting
-from nunchakus import STAGED, Subject, flux, nunchaku, standin  # noqa: F401
+from nunchakus import ONE_OF_EACH_SORT, STAGED, Subject, flux, nunchaku, standin  # noqa: F401
+from thorough import product
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -340,8 +341,12 @@ def identify(subject: Subject, per_image: bool = False) -> Callable[[int, dict[s
     return add
 
 
-@pytest.mark.parametrize(("double", "single"), [(2, 3), (3, 5), (1, 1)])
-@every_method
+@product(
+    "config, double, single",
+    STAGED,
+    [pytest.param(double, single, id=f"{double}-{single}") for double, single in ((2, 3), (3, 5), (1, 1))],
+    kept=lambda method, blocks: blocks == "3-5" or method in ONE_OF_EACH_SORT,
+)
 def test_pulid_without_hits_changes_no_bit(config, double, single, nunchaku):
     """The core asks for residuals only when it runs whole; layer by layer, they are added here, the same ones."""
     subject = standin(nunchaku, "v1", flux(double, single))

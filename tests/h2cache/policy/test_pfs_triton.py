@@ -56,10 +56,10 @@ def features(text: int, image: int, width: int, dtype: torch.dtype, seed: int) -
 
 DTYPES = ["float32", "float16", "bfloat16"]
 SHAPES = {
-    "whole": (0, 64, 96, None),
-    "stride-of-2": (0, 64, 96, 32),  # structure at FLUX.1-dev's stride
-    "straddling": (40, 64, 96, 8),  # windows that straddle text and image, stride 13, channels left over
-    "tokens-left": (13, 71, 33, 10),  # tokens left over as well
+    "whole": (0, 16, 24, None),
+    "stride-of-2": (0, 16, 24, 8),  # structure at FLUX.1-dev's stride
+    "straddling": (10, 16, 24, 2),  # windows that straddle text and image, stride 13
+    "tokens-left": (5, 23, 10, 3),  # tokens and channels left over
     "wide": (5, 7, 3, 1),  # more tokens a window than channels
     "columns": (0, 2, 5000, None),  # more columns than one program takes
 }
