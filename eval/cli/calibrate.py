@@ -23,7 +23,7 @@ from rich.console import Console
 import h2cache
 from h2cache.baselines.plans import bespoke, budcache, dpcache, l2p
 from h2cache.eval.cli import arguments as commandline
-from h2cache.eval.cli.progress import bar
+from h2cache.eval.cli.progress import bar, loading
 from h2cache.eval.errors import UserError
 from h2cache.eval.files import CONFIGS, REPOSITORY, atomic_files, check_writable
 from h2cache.eval.generation.prompt_lines import prompt_lines
@@ -159,7 +159,9 @@ def run(settings: Settings, prompts_of: Prompts) -> list[str]:
     settings.folder.mkdir(parents=True, exist_ok=True)
     check_writable(settings.targets)
     prompts = prompts_of(settings.prompts_file, settings.images, settings.search["seed"], settings.name)
-    pipe = load_pipeline(settings.model)
+    messages = Console(stderr=True)
+    with loading(messages, settings.model.title) as on_bytes:
+        pipe = load_pipeline(settings.model, on_bytes)
     call = dict(settings.model.call_arguments) | {"num_inference_steps": settings.steps}
     batch_size, per_step, seconds = _fitting_batch(pipe, prompts, settings.search["batch_size"], call)
     settings.search["batch_size"] = batch_size
@@ -171,7 +173,7 @@ def run(settings: Settings, prompts_of: Prompts) -> list[str]:
     )
     del call["num_inference_steps"]
     try:
-        with _watched(pipe, evaluations) as show:
+        with _watched(pipe, evaluations, messages) as show:
             plans = _plans(pipe, prompts, settings, call, show)
             return [_written(plan, target) for plan, target in zip(plans, settings.targets, strict=True)]
     except ValueError as error:
@@ -249,10 +251,10 @@ def _fitting_batch(
 
 
 @contextmanager
-def _watched(pipe: Any, evaluations: int) -> Iterator[Callable[[int, int, float], None]]:
+def _watched(pipe: Any, evaluations: int, messages: Console) -> Iterator[Callable[[int, int, float], None]]:
     """A bar of the model's evaluations on one image, `evaluations` at most; yields a calibration's `on_progress`."""
     done = 0
-    with bar(Console(stderr=True), "evaluations, at most") as show:
+    with bar(messages, "evaluations, at most") as show:
 
         def called(module: Any, args: Any, output: Any) -> None:
             nonlocal done

@@ -24,7 +24,7 @@ import h2cache
 from h2cache import PlanConfig
 from h2cache.eval.cli import doctor
 from h2cache.eval.cli import terminal as report
-from h2cache.eval.cli.progress import bar
+from h2cache.eval.cli.progress import bar, loading
 from h2cache.eval.errors import UserError
 from h2cache.eval.files import atomic_files, check_writable
 from h2cache.eval.generation.generate import Drawing, generate
@@ -102,8 +102,8 @@ def run(cfg: DictConfig, choices: Mapping[str, str], number: int | None) -> None
     check_writable(job.files(job.model.makes_videos))
     messages = Console(stderr=True, highlight=False)
     try:
-        with messages.status(f"loading {choices['model']}"):
-            pipe = load_pipeline(job.model)
+        with loading(messages, job.model.title) as on_bytes:
+            pipe = load_pipeline(job.model, on_bytes)
         _note_truncation(job, pipe, messages)
         _note_left_out(job, pipe, messages)
         machine = describe_machine(job.model)

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from h2cache.eval.cli import arguments as commandline
 from h2cache.eval.cli import votes
+from h2cache.eval.cli.progress import importing
 from h2cache.eval.errors import UserError
 from h2cache.eval.files import CONFIGS
 
@@ -32,7 +33,8 @@ PLAIN_TEXT = ("out", "prompts.path", "metric_weights")  # fields whose value is 
 
 def _job(cfg: DictConfig, program: str, rescores: bool) -> None:
     """What Hydra calls. It leaves by SystemExit, since Hydra adds words of its own to an exception."""
-    from h2cache.eval.experiments import harness
+    with importing():
+        from h2cache.eval.experiments import harness
 
     composed = HydraConfig.get()
     model = composed.runtime.choices["model"]

@@ -17,6 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from h2cache.eval.cli import arguments as commandline
+from h2cache.eval.cli.progress import importing
 from h2cache.eval.errors import UserError
 from h2cache.eval.files import CONFIGS
 
@@ -58,7 +59,8 @@ def _job(cfg: DictConfig, program: str) -> None:
     number = composed.job.num if composed.mode == RunMode.MULTIRUN else None
     try:
         check(cfg, composed.runtime.choices)
-        from h2cache.eval.cli.draw import run
+        with importing():
+            from h2cache.eval.cli.draw import run
 
         run(cfg, dict(composed.runtime.choices), number)
     except UserError as error:

@@ -105,7 +105,7 @@ def rescore(
     """Measure a run's images again, when weights of metrics have come; draw none."""
     sys.argv[1:] = ["rescore", f"out={out}", *(fields or ())]
     _needs("eval", "datasets", "matplotlib", "pyiqa", "scipy", "jinja2")
-    import_module("h2cache.eval.cli.experiments").main("h2cache rescore")
+    _code("cli.experiments").main("h2cache rescore")
 
 
 @app.command()
@@ -115,7 +115,7 @@ def votes(
 ) -> None:
     """Count blind votes: how often each method was preferred to the baseline."""
     _needs("eval", "scipy")
-    import_module("h2cache.eval.cli.votes").main(files, out, "h2cache votes")
+    _code("cli.votes").main(files, out, "h2cache votes")
 
 
 @app.command()
@@ -219,7 +219,8 @@ def _models() -> Any:
 def _code(name: str) -> Any:
     """A module of h2cache.eval, which is imported when its command is given."""
     import_module("h2cache.eval.cli.arguments").prepare()
-    return import_module(f"h2cache.eval.{name}")
+    with import_module("h2cache.eval.cli.progress").importing():
+        return import_module(f"h2cache.eval.{name}")
 
 
 def _needs(extra: str, *libraries: str) -> None:

@@ -6,17 +6,28 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 if TYPE_CHECKING:  # sweeps need packages that drawing one image does without
     from h2cache.eval.generation.records import Cell
     from h2cache.eval.generation.sweep import Batch, Watcher
 
 SILENCE = 60.0  # seconds between two lines
+SECONDS, MINUTES = 30.0, 600.0  # what the speed of steps is taken from, and that of components, of which few are large
+MB = 1_000_000
 REDRAWS = 4  # of the bars, a second: each takes time from a model on the CPU
 
 
@@ -26,16 +37,48 @@ def bar(messages: Console, title: str) -> Iterator[Callable[..., None]]:
 
     Where nobody watches a terminal there is none: rich would leave an empty line in the log.
     """
-    if not messages.is_terminal:
-        yield lambda done, total, title=None: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn())
-    columns += (TimeElapsedColumn(), TimeRemainingColumn())
-    # What is printed meanwhile goes above the bar, but not where stdout is a file.
-    redirected = sys.stdout.isatty()
-    with Progress(*columns, console=messages, transient=True, redirect_stdout=redirected) as progress:
+    with _shown(messages, MofNCompleteColumn(), SECONDS) as progress:
         task = progress.add_task(title, total=None)
+        progress.start()
         yield lambda done, total, title=None: progress.update(task, completed=done, total=total, description=title)
+
+
+@contextmanager
+def loading(messages: Console, model: str) -> Iterator[Callable[[int, int], None]]:
+    """As `bar`, of bytes. It begins with the first call: until then the hub may show bars of a download."""
+    with _shown(messages, DownloadColumn(), MINUTES) as progress:
+
+        def show(done: int, total: int) -> None:
+            if not progress.task_ids:
+                progress.add_task(f"loading {model}", total=total)
+                progress.start()
+            progress.update(progress.task_ids[0], completed=done)
+
+        yield show
+
+
+@contextmanager
+def _shown(messages: Console, amount: ProgressColumn, period: float) -> Iterator[Progress]:
+    """A display of one task, not yet begun, that ends with the block.
+
+    Args:
+        amount: the column that says how much is done.
+        period: the time left is reckoned from so many of the last seconds.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(None), amount, TimeElapsedColumn(), TimeRemainingColumn())
+    # What is printed meanwhile goes above the bar, but not where stdout is a file.
+    options = {"transient": True, "redirect_stdout": sys.stdout.isatty(), "disable": not messages.is_terminal}
+    options["speed_estimate_period"] = period
+    progress = Progress(*columns, console=messages, **options)
+    try:
+        yield progress
+    finally:
+        progress.stop()
+
+
+def importing() -> AbstractContextManager:
+    """What a terminal shows while torch and the libraries on it are imported; how long that takes nobody knows."""
+    return Console(stderr=True).status("importing torch, diffusers and transformers")
 
 
 @contextmanager
@@ -45,8 +88,11 @@ def watching(console: Console, names: dict) -> Iterator[Watcher]:
         yield Lines(console)
         return
     columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, refresh_per_second=REDRAWS) as progress:
+    progress = Progress(*columns, console=console, transient=True, refresh_per_second=REDRAWS)
+    try:
         yield Bars(progress, names)
+    finally:
+        progress.stop()
 
 
 class Bars:
@@ -64,6 +110,11 @@ class Bars:
         self._prompts = self._progress.add_task("prompts", total=len(batches))
         self._settings = self._progress.add_task("settings", total=None, visible=False)
         self._steps = self._progress.add_task("steps", total=None, visible=False)
+        self._model = self._progress.add_task("loading, MB", total=None, visible=False)
+
+    def loads(self, done: int, total: int) -> None:
+        self._progress.start()
+        self._progress.update(self._model, completed=done // MB, total=total // MB, visible=done < total)
 
     def begins(self, cell: Cell) -> None:
         size, left = self._sizes[_prompt(cell)], self._left[_prompt(cell)]
@@ -91,6 +142,9 @@ class Lines:
         self._total, self._done = sum(map(len, batches)), 0
         self._begun = self._said = time.monotonic()
         self._console.print(f"{self._total} images to draw, {len(batches)} prompts")
+
+    def loads(self, done: int, total: int) -> None:
+        pass
 
     def begins(self, cell: Cell) -> None:
         pass

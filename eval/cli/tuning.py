@@ -17,7 +17,7 @@ from rich.console import Console
 import h2cache
 from h2cache import CacheConfig, Trial
 from h2cache.eval.cli import arguments as commandline
-from h2cache.eval.cli.progress import bar
+from h2cache.eval.cli.progress import bar, loading
 from h2cache.eval.errors import UserError
 from h2cache.eval.files import CONFIGS
 from h2cache.eval.generation.prompt_lines import prompt_lines
@@ -72,8 +72,8 @@ def _tune(cfg: DictConfig, target: tuple[str, float], prompts: Sequence[str], tr
         raise UserError(str(error.__cause__ or error).split("\n")[0]) from error
     if method is None:
         raise UserError("--method none has nothing to tune: choose another, such as balanced")
-    with messages.status("loading the model"):
-        pipe = load_pipeline(model)
+    with loading(messages, model.title) as on_bytes:
+        pipe = load_pipeline(model, on_bytes)
     settings = (trials + 1) * len(knobs_of(method))  # at most, after two runs to warm up
     uncached = settings if isinstance(goal, h2cache.WallSpeedup) else 1
     steps = (2 + (settings + uncached) * len(prompts)) * model.num_inference_steps

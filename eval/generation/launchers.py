@@ -59,7 +59,7 @@ class LocalLauncher:
     ) -> "Iterator[tuple[Search, Tuning]]":
         """One after the other, in this process."""
         self.prepare()
-        painter = Painter(model)
+        painter = Painter(model, partial(show, title="loading the model, bytes"))
         on_machine(painter.machine)
         for search in searches:
             yield search, painter.search(search, partial(show, title=f"matching {search.name}"))
@@ -69,10 +69,11 @@ class LocalLauncher:
     ) -> Iterator[tuple[Cell, Drawn | Failure]]:
         workers = min(self.workers, len(batches)) if resolve_device(model).type == "cpu" else 1
         if workers > 1:
+            watcher.loads(0, 0)
             yield from _Processes(model, self.threads, on_machine).draw(batches, workers)
             return
         self.prepare()
-        painter = Painter(model)
+        painter = Painter(model, watcher.loads)
         on_machine(painter.machine)
         for batch in batches:
             for cell in batch:
@@ -209,6 +210,7 @@ class RayLauncher:
         """The workers, for as long as the block lasts. UserError where they cannot be had."""
         if model.device not in ("auto", "cpu", "cuda"):
             raise UserError(f"model.device={model.device}: Ray gives each worker its own GPU; use model.device=auto")
+        watcher.loads(0, 0)
         with self._connected() as ray:
             count, gpus = self._size(ray.cluster_resources(), model)
             yield _Pool(ray, model, count, {"num_cpus": self.cpus_per_worker, "num_gpus": gpus})

@@ -19,6 +19,7 @@ from h2cache.eval.generation.records import Cell, Drawn, Record, Store
 from h2cache.eval.generation.videos import filmstrip
 from h2cache.eval.generation.work import WorkCounter
 from h2cache.eval.models.environment import machine_name
+from h2cache.eval.models.loading import OnBytes, unwatched
 from h2cache.eval.models.pipelines import ModelConfig, load_pipeline
 from h2cache.eval.models.schedulers import denoised_with
 from h2cache.eval.models.weights import Weights
@@ -58,6 +59,9 @@ class Watcher(Protocol):
 
     def has(self, batches: Sequence[Batch]) -> None:
         """That these are to be drawn."""
+
+    def loads(self, done: int, total: int) -> None:
+        """How many bytes of the model's weights are in place; (0, 0) where other processes load it."""
 
     def begins(self, cell: Cell) -> None:
         """That the launcher draws this cell now; never called where several are drawn at a time."""
@@ -106,10 +110,10 @@ class Launcher(Protocol):
 class Painter:
     """A loaded pipeline that draws cells. UserError if it cannot be had."""
 
-    def __init__(self, model: ModelConfig):
+    def __init__(self, model: ModelConfig, on_bytes: OnBytes = unwatched):
         self._model = model
         try:
-            self._pipe = load_pipeline(model)
+            self._pipe = load_pipeline(model, on_bytes)
         except torch.OutOfMemoryError as error:
             raise UserError(f"the model does not fit into the GPU's memory: {model.memory_advice}") from error
         self._device = self._pipe._execution_device

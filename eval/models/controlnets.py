@@ -5,10 +5,14 @@ from pathlib import Path
 from typing import ClassVar
 
 from diffusers import FluxControlNetModel, FluxControlNetPipeline
+from huggingface_hub import snapshot_download
 
 from h2cache.eval.errors import UserError
 from h2cache.eval.files import REPOSITORY
+from h2cache.eval.models.loading import Component, OnBytes, unwatched, weight_bytes
 from h2cache.eval.models.pipelines import DTYPES, ModelConfig, assemble, explained, find_folder, require
+
+WEIGHTS_AND_CONFIG = ("config.json", "diffusion_pytorch_model*")
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,14 @@ class FluxControlNetConfig(ModelConfig):
         super().check()
         self.other_sources  # noqa: B018 (raises)
 
-    def load(self) -> FluxControlNetPipeline:
+    def load(self, on_bytes: OnBytes = unwatched) -> FluxControlNetPipeline:
         source = self.other_sources["controlnet"]
+        here = Path(source).is_dir()
         with explained(source, "a FluxControlNetModel", "controlnet"):
-            controlnet = FluxControlNetModel.from_pretrained(source, torch_dtype=DTYPES[self.dtype])
-        return assemble(self, controlnet=controlnet)
+            folder = Path(source if here else snapshot_download(source, allow_patterns=WEIGHTS_AND_CONFIG))
+
+        def load() -> FluxControlNetModel:
+            with explained(source, "a FluxControlNetModel", "controlnet"):
+                return FluxControlNetModel.from_pretrained(folder, torch_dtype=DTYPES[self.dtype])
+
+        return assemble(self, on_bytes, controlnet=Component(weight_bytes(folder), load))

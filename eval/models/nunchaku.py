@@ -25,6 +25,7 @@ from h2cache.eval.models.diagnosis import (
     require_gpu,
     require_package,
 )
+from h2cache.eval.models.loading import Component, OnBytes, unwatched
 from h2cache.eval.models.pipelines import DTYPES, ModelConfig, assemble, explained, is_number, require, resolve_device
 
 ATTENTIONS = ("auto", "flashattn2", "nunchaku-fp16")
@@ -130,7 +131,7 @@ class NunchakuModelConfig(ModelConfig):
             )
         self._check_precision(device)
 
-    def load(self) -> FluxPipeline:
+    def load(self, on_bytes: OnBytes = unwatched) -> FluxPipeline:
         device, generation, dtype = resolve_device(self), GENERATIONS[self.generation], DTYPES[self.dtype]
         model = engine_attribute(generation.module, generation.name)
         placing = {"device": device, "torch_dtype": dtype}
@@ -147,7 +148,9 @@ class NunchakuModelConfig(ModelConfig):
             encoder = engine_attribute("nunchaku", "NunchakuT5EncoderModel")
             with quiet(), explained(self.text_encoder_2, "nunchaku's T5 encoder", "text_encoder_2"):
                 components["text_encoder_2"] = encoder.from_pretrained(_user_path(self.text_encoder_2), **placing)
-        return assemble(self, **components)
+        # nunchaku has loaded them, from files that it finds itself: no bytes of theirs are waited for.
+        ready = {name: Component(0, lambda made=made: made, placed=True) for name, made in components.items()}
+        return assemble(self, on_bytes, **ready)
 
     def _attention_on(self, device: torch.device) -> str:
         if self.attention != "auto":

@@ -1,5 +1,6 @@
 """Which pipeline, from where, in what precision, on what device, called how: the `model` group of configs/."""
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -14,10 +15,12 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline, FluxPipeline
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from PIL import Image
 
 from h2cache.eval.errors import UserError
 from h2cache.eval.files import IS_CLONE, REPOSITORY, find_file
+from h2cache.eval.models.loading import Component, OnBytes, loaded, unwatched
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OFFLOADS = ("none", "model", "sequential", "group")
@@ -114,6 +117,11 @@ class ModelConfig:
         """In what the weights are loaded: one type, or a type per component of the pipeline."""
         return DTYPES[self.dtype]
 
+    @property
+    def title(self) -> str:
+        """What to call it: its folder, or its name on the hub without the owner's."""
+        return Path(self.path or self.hub_id).name
+
     def source(self) -> str:
         """The folder to load, or the hub id; UserError if `path` is no pipeline's folder."""
         if not self.path:
@@ -147,9 +155,12 @@ class ModelConfig:
         resolve_device(self)
         self.source()
 
-    def load(self) -> DiffusionPipeline:
-        """The pipeline on its device, after `check`; UserError if it cannot be had."""
-        return assemble(self)
+    def load(self, on_bytes: OnBytes = unwatched) -> DiffusionPipeline:
+        """The pipeline on its device, after `check`; UserError if it cannot be had.
+
+        `on_bytes` hears of the weights as they come into place, once everything is downloaded.
+        """
+        return assemble(self, on_bytes)
 
 
 @dataclass(frozen=True)
@@ -196,8 +207,8 @@ class DiffusersModelConfig(ModelConfig):
     def memory_advice(self) -> str:
         return super().memory_advice + (", or fewer model.num_frames" if self.makes_videos else "")
 
-    def load(self) -> DiffusionPipeline:
-        pipe = super().load()
+    def load(self, on_bytes: OnBytes = unwatched) -> DiffusionPipeline:
+        pipe = super().load(on_bytes)
         if self.vae_tiling:
             pipe.vae.enable_tiling()
         return pipe
@@ -237,14 +248,17 @@ def takes(pipe: DiffusionPipeline, argument: str) -> bool:
     return argument in inspect.signature(pipe.__call__).parameters
 
 
-def load_pipeline(config: ModelConfig) -> DiffusionPipeline:
+def load_pipeline(config: ModelConfig, on_bytes: OnBytes = unwatched) -> DiffusionPipeline:
     """The pipeline on its device, without progress bars; UserError if it cannot be had.
 
     The last one is kept, so that a sweep over thresholds, seeds or sizes loads its model once.
+
+    Args:
+        on_bytes: as in `ModelConfig.load`.
     """
     config.check()
     any_call = {field: ANY_CALL.get(field) for field in config.call_fields}
-    pipe = _load(replace(config, device=str(resolve_device(config)), **any_call))
+    pipe = _load(_Order(replace(config, device=str(resolve_device(config)), **any_call), on_bytes))
     if takes(pipe, "num_frames") and not config.makes_videos:
         raise UserError(
             f"{config.source()} makes videos ({type(pipe).__name__}), and this configuration has no num_frames: use "
@@ -253,22 +267,30 @@ def load_pipeline(config: ModelConfig) -> DiffusionPipeline:
     return pipe
 
 
+@dataclass(frozen=True)
+class _Order:
+    """What to load. Two orders of one model are equal, whoever watches."""
+
+    config: ModelConfig
+    on_bytes: OnBytes = dataclasses.field(compare=False)
+
+
 @lru_cache(maxsize=1)
-def _load(config: ModelConfig) -> DiffusionPipeline:
-    return config.load()
+def _load(order: _Order) -> DiffusionPipeline:
+    return order.config.load(order.on_bytes)
 
 
-def assemble(config: ModelConfig, **components: Any) -> DiffusionPipeline:
+def assemble(config: ModelConfig, on_bytes: OnBytes, **components: Component) -> DiffusionPipeline:
     """The pipeline at `config.source`, with `components` instead of its own, placed as the configuration says."""
     device = resolve_device(config)
-    # No bars for reading from disk (download bars stay), and no warning about what becomes a UserError or a note. What
-    # transformers reports while it loads, such as weights that a folder lacks, is worth reading.
-    for library in (diffusers.utils.logging, transformers.utils.logging):
-        library.disable_progress_bar()
-    diffusers.utils.logging.set_verbosity_error()
     source = config.source()
     with explained(source, f"a {config.noun}", "path"):
-        pipe = config.pipeline.from_pretrained(source, dtype=config.dtypes, **components)
+        # The hub's own bars show a download; what is passed by name is not fetched.
+        here = Path(source).is_dir()
+        folder = source if here else config.pipeline.download(source, **dict.fromkeys(components))
+        with _one_bar():
+            moved_to = device if config.offload == "none" and device.type != "cpu" else None
+            pipe = loaded(config.pipeline, Path(folder), config.dtypes, moved_to, on_bytes, components)
     transformers.utils.logging.set_verbosity_error()
     pipe.set_progress_bar_config(disable=True)
     match config.offload:
@@ -281,6 +303,24 @@ def assemble(config: ModelConfig, **components: Any) -> DiffusionPipeline:
         case _:
             pipe.to(device)
     return pipe
+
+
+@contextmanager
+def _one_bar() -> Iterator[None]:
+    """Neither library shows a bar of its own, and diffusers warns of nothing that becomes a UserError or a note.
+
+    What transformers reports while it loads, such as weights that a folder lacks, is worth reading. transformers also
+    turns the hub's bars off: they are on again afterwards, for what is downloaded next.
+    """
+    with_bars = not are_progress_bars_disabled()
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        if with_bars:
+            enable_progress_bars()
 
 
 def resolve_device(config: ModelConfig) -> torch.device:

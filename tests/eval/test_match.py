@@ -54,7 +54,7 @@ def tuned(arguments, tunings, tmp_path, monkeypatch) -> dict[str, Tuning]:
     """What was found with `arguments`, which are not to be tuned again."""
     kept, answer = tunings
     shutil.copytree(kept, tmp_path / "results/tunings")
-    monkeypatch.setattr(launchers, "Painter", lambda model: pytest.fail("tuned again"))
+    monkeypatch.setattr(launchers, "Painter", lambda *given: pytest.fail("tuned again"))
     return answer
 
 

@@ -23,7 +23,7 @@ import h2cache
 import run
 from h2cache import H2CacheConfig
 from h2cache.eval.errors import UserError
-from h2cache.eval.models import pipelines
+from h2cache.eval.models import loading, pipelines
 from h2cache.eval.models.pipelines import DiffusersModelConfig, load_pipeline
 
 CONFIGS = REPOSITORY / "configs"
@@ -45,6 +45,7 @@ def engine(monkeypatch, tmp_path):
 def placed(monkeypatch) -> list:
     """What was asked of pipelines instead of moving them to a GPU: (where,) or (kind of offloading, where)."""
     placed = []
+    monkeypatch.setattr(loading, "_moved", lambda model, device: ())
     monkeypatch.setattr(FluxPipeline, "to", lambda pipe, device: placed.append((str(device),)))
     for kind in ("model", "sequential"):
         monkeypatch.setattr(

@@ -14,6 +14,7 @@ from repository import REPOSITORY
 
 from h2cache import Plan
 from h2cache.eval.cli import models, program
+from h2cache.eval.models import pipelines
 
 SMALL = ["model.height=32", "model.width=32", "model.max_sequence_length=40", "model.dtype=float32"]
 COMMANDS = "generate compare bench rescore votes tune calibrate demo doctor plan".split()
@@ -129,6 +130,15 @@ def test_tuning_counts_its_steps_in_a_terminal(types, tiny_pipe_folder, monkeypa
     counts = [tuple(map(int, pair)) for pair in re.findall(r"(\d+)/(\d+)", stderr)]
     assert code == 0 and {total for _, total in counts} == {6 * (2 + (4 * 3 + 1) * 2)}
     assert 0 < counts[0][0] <= counts[-1][0] <= counts[-1][1] and "best: tau" in told
+
+
+def test_loading_shows_one_bar_of_bytes(types, tiny_pipe_folder, monkeypatch):
+    """And the libraries' own bars are not beside it."""
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    pipelines._load.cache_clear()
+    code, _, stderr = types("generate", "--model", tiny_pipe_folder, "--steps", 2, "a cat", *SMALL)
+    assert code == 0, stderr
+    assert re.search(r"loading \w+.*?/[\d.]+ [kM]B", stderr) and "Loading" not in stderr
 
 
 def test_a_plan_is_shown(types, tmp_path):

@@ -84,7 +84,7 @@ def test_nothing_is_drawn_twice(draw, monkeypatch):
     renamed = [Cell(Prompt("c", cell.prompt.text), cell.seed, cell.steps, cell.method) for cell in CELLS]
     first = draw([*CELLS, *CELLS, *renamed])
     assert first.drawn == 6
-    monkeypatch.setattr(sweeping, "load_pipeline", lambda model: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(sweeping, "load_pipeline", lambda *given: pytest.fail("the model was loaded"))
     second = draw()
     assert (second.drawn, second.records) == (0, first.records)
 
@@ -269,7 +269,7 @@ def test_a_cluster_of_different_machines_is_refused(model, tmp_path):
 
 
 def test_a_model_that_does_not_fit_is_one_sentence(draw, monkeypatch):
-    def too_large(model: ModelConfig) -> None:
+    def too_large(*given: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(sweeping, "load_pipeline", too_large)
@@ -287,6 +287,8 @@ def watch(console: Console, clock: Iterator[float], monkeypatch) -> None:
     names = {cell.way: name for cell, name in zip(CELLS, ("Baseline", "H2-Cache", "TaylorSeer"), strict=False)}
     with watching(console, names) as watcher:
         watcher.has([tuple(CELLS[:3]), tuple(CELLS[3:])])
+        watcher.loads(0, 24_000_000)
+        watcher.loads(24_000_000, 24_000_000)
         for cell in CELLS:
             watcher.begins(cell)
             for step in range(STEPS):

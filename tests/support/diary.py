@@ -27,6 +27,9 @@ class Diary:
     def has(self, batches: Sequence[Batch]) -> None:
         self.events.append([len(batch) for batch in batches])
 
+    def loads(self, done: int, total: int) -> None:
+        pass
+
     def begins(self, cell: Cell) -> None:
         self.events.append(cell)
 

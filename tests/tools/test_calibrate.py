@@ -66,7 +66,7 @@ def test_each_kind_of_plan_has_a_name_of_its_own(tmp_path):
 
 def test_plans_are_written_after_the_cost_was_said(tmp_path, tiny_pipe, monkeypatch, capsys):
     """With the tiny pipeline in the place of the model; what it says is what `Calibration` says."""
-    monkeypatch.setattr(calibrate, "load_pipeline", lambda model: tiny_pipe)
+    monkeypatch.setattr(calibrate, "load_pipeline", lambda model, on_bytes: tiny_pipe)
     asked = settings(tmp_path)
     said = calibrate.run(asked, lambda *of: PROMPTS)
     calls = dict(asked.model.call_arguments)
@@ -79,7 +79,7 @@ def test_plans_are_written_after_the_cost_was_said(tmp_path, tiny_pipe, monkeypa
 
 def test_it_counts_evaluations_in_a_terminal(tmp_path, tiny_pipe, monkeypatch, capsys):
     """From the recording to the last plan: at most as many as it has said."""
-    monkeypatch.setattr(calibrate, "load_pipeline", lambda model: tiny_pipe)
+    monkeypatch.setattr(calibrate, "load_pipeline", lambda model, on_bytes: tiny_pipe)
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     asked = settings(tmp_path)
     calibrate.run(asked, lambda *of: PROMPTS)
@@ -90,7 +90,7 @@ def test_it_counts_evaluations_in_a_terminal(tmp_path, tiny_pipe, monkeypatch, c
 
 
 def test_the_plans_of_other_papers_are_written_too(tmp_path, tiny_pipe, monkeypatch):
-    monkeypatch.setattr(calibrate, "load_pipeline", lambda model: tiny_pipe)
+    monkeypatch.setattr(calibrate, "load_pipeline", lambda model, on_bytes: tiny_pipe)
     said = calibrate.run(settings(tmp_path, kind="dpcache"), lambda *of: PROMPTS)
     assert said[0].startswith(f"{tmp_path / 'tiny-2-dpcache.json'}: 4 of 8 steps computed; steps 0")
     assert Plan.load(tmp_path / "tiny-2-dpcache.json").notes["method"] == "DPCache"
