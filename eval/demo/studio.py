@@ -28,6 +28,7 @@ from h2cache.eval.generation.generate import Drawing, generate
 from h2cache.eval.generation.videos import contact_sheet, filmstrip, write_mp4
 from h2cache.eval.generation.work import WorkCounter
 from h2cache.eval.metrics.images import psnr
+from h2cache.eval.models.loading import OnBytes, unwatched
 from h2cache.eval.models.pipelines import ModelConfig, describe_machine, load_pipeline
 from h2cache.eval.models.schedulers import denoised_with
 from h2cache.eval.report.figures.heatmap import COLOURS, heat_panel
@@ -109,7 +110,7 @@ class Studio:
     busy: threading.Lock
 
     @classmethod
-    def opened(cls, overrides: Sequence[str], busy: threading.Lock) -> "Studio":
+    def opened(cls, overrides: Sequence[str], busy: threading.Lock, on_bytes: OnBytes = unwatched) -> "Studio":
         """With the model of configs/run.yaml under these overrides, loaded and warm. UserError if it cannot be had."""
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             cfg = compose("run", overrides=[*overrides, "method=none"], return_hydra_config=True)
@@ -119,7 +120,7 @@ class Studio:
             except InstantiationException as error:
                 raise UserError(f"model={name}: {error.__cause__ or error}") from error
             methods = {file.stem: _method(file.stem, overrides) for file in sorted((CONFIGS / "method").glob("*.yaml"))}
-        pipe = load_pipeline(model)
+        pipe = load_pipeline(model, on_bytes)
         known = {name: each for name, each in methods.items() if _is_turned(each)}
         files = sorted((REPOSITORY / "assets" / "plans").glob("*.json"))
         plans = {

@@ -15,7 +15,7 @@ from h2cache.baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, Tea
 gradio = pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'h2cache[demo]'")
 
 from h2cache.eval.cli import program  # noqa: E402 - as below
-from h2cache.eval.demo import app, studio  # noqa: E402 - they import gradio
+from h2cache.eval.demo import app, studio, sweep_tab  # noqa: E402 - they import gradio
 from h2cache.eval.demo.controls import changed, choices, controls, fields_of  # noqa: E402
 from h2cache.eval.errors import UserError  # noqa: E402
 from h2cache.eval.models.pipelines import find_folder  # noqa: E402
@@ -100,7 +100,7 @@ def test_a_refusal_is_a_sentence(opened):
     with pytest.raises(UserError, match="50"):
         opened.draw(studio.Task("a cat", 0, STEPS), PlanConfig(plan))
     with pytest.raises(UserError, match="tau1"):
-        app._numbers("tau1", "0.1, <b>")
+        sweep_tab._numbers("tau1", "0.1, <b>")
 
 
 # In a browser
