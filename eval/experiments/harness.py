@@ -20,8 +20,8 @@ from rich.table import Table
 
 from h2cache.eval.cli.progress import bar, watching
 from h2cache.eval.errors import UserError
+from h2cache.eval.experiments.experiment import Experiment, Row
 from h2cache.eval.experiments.match import as_matched, matched
-from h2cache.eval.experiments.settings import Experiment, Row
 from h2cache.eval.experiments.study import Study, read_study
 from h2cache.eval.files import atomic_files
 from h2cache.eval.generation.backends import backend_of, fields_of

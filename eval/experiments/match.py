@@ -22,7 +22,8 @@ from rich.console import Console
 from h2cache import CacheConfig, Speedup, Unreachable, tune
 from h2cache.eval.cli.progress import bar
 from h2cache.eval.errors import UserError
-from h2cache.eval.experiments.settings import Experiment, Match, Setting
+from h2cache.eval.experiments.experiment import Experiment, Match
+from h2cache.eval.experiments.settings import Setting
 from h2cache.eval.experiments.study import Study
 from h2cache.eval.files import atomic_files
 from h2cache.eval.generation.backends import applied

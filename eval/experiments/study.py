@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from h2cache.eval.errors import UserError, check_count
-from h2cache.eval.experiments.settings import Experiment, Row, read_experiments, why_unresolved
+from h2cache.eval.experiments.experiment import Experiment, Row
+from h2cache.eval.experiments.read import read_experiments, why_unresolved
 from h2cache.eval.generation.prompts import Prompt, PromptSet
 from h2cache.eval.generation.records import Cell, Way
 from h2cache.eval.generation.sweep import Launcher

@@ -9,8 +9,9 @@ from huggingface_hub import snapshot_download
 
 from h2cache.eval.errors import UserError
 from h2cache.eval.files import REPOSITORY
+from h2cache.eval.models.explained import explained
 from h2cache.eval.models.loading import Component, OnBytes, unwatched, weight_bytes
-from h2cache.eval.models.pipelines import DTYPES, ModelConfig, assemble, explained, find_folder, require
+from h2cache.eval.models.pipelines import DTYPES, ModelConfig, assemble, find_folder, require
 
 WEIGHTS_AND_CONFIG = ("config.json", "diffusion_pytorch_model*")
 

@@ -25,8 +25,9 @@ from h2cache.eval.models.diagnosis import (
     require_gpu,
     require_package,
 )
+from h2cache.eval.models.explained import explained
 from h2cache.eval.models.loading import Component, OnBytes, unwatched
-from h2cache.eval.models.pipelines import DTYPES, ModelConfig, assemble, explained, is_number, require, resolve_device
+from h2cache.eval.models.pipelines import DTYPES, ModelConfig, assemble, is_number, require, resolve_device
 
 ATTENTIONS = ("auto", "flashattn2", "nunchaku-fp16")
 PRECISION = "{precision}"  # where a file's name has it

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from measured import SIZE, results, row
@@ -70,6 +71,20 @@ def test_identical_images_are_told_and_one_seed_is_no_figure(tmp_path):
     figure, caption = drawn(results(frame.to_dict("records"), metrics=found.metrics))
     assert "6 pairs are identical and have no dot" in caption and len(figure.axes[0].get_yticklabels()) == 3
     assert SeedScale().draw(seeds(tmp_path, count=1)) is None
+
+
+def test_the_pairs_are_beside_the_figure(tmp_path):
+    """Each dot is a row: three pairs of seeds and twice three of an image with its baseline's, of each prompt."""
+    files = SeedScale().make(seeds(tmp_path), tmp_path).files
+    assert [file.name for file in files] == ["seeds.png", "seeds.pdf", "seeds.csv"]
+    data = pd.read_csv(files[-1])
+    assert list(data) == ["setting", "prompt_id", "seed", "other_seed", "psnr", "attributes_change"]
+    assert dict(data["setting"].value_counts()) == {"another seed": 6, "Near": 6, "Far": 6}
+    pairs = data[data["setting"] == "another seed"]
+    assert set(zip(pairs["seed"], pairs["other_seed"], strict=True)) == {(0, 1), (0, 2), (1, 2)}
+    others = data[data["setting"] == "Near"]
+    assert (others["seed"] == others["other_seed"]).all() and np.allclose(others["psnr"], distance(5))
+    assert np.allclose(pairs[pairs["prompt_id"] == "a"]["attributes_change"].sort_values(), [0.2, 0.2, 0.4])
 
 
 def test_the_same_results_make_the_same_file(tmp_path):

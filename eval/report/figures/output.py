@@ -16,14 +16,20 @@ from h2cache.eval.report.results import Artifact, Results
 
 # Without dates and versions in the files, the same results make the same bytes.
 METADATA = {".png": {"Software": None}, ".pdf": {"CreationDate": None, "Creator": None, "Producer": None}}
+DATA = ".csv"
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A finished figure and what its caption says."""
+    """A finished figure and what its caption says.
+
+    Fields:
+        data: the numbers that it shows, where they are not in the experiment's measurements.
+    """
 
     figure: Figure
     caption: str
+    data: pd.DataFrame | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +52,20 @@ class FigureOutput(ABC):
         """The figure, drawn inside `styled()`; None where nothing of it was measured. UserError for unknown names."""
 
     def make(self, results: Results, folder: Path) -> Artifact | None:
-        """Write NAME.png (200 dpi) and NAME.pdf into `folder`, whole or not at all. None as `draw`."""
+        """Write NAME.png (200 dpi), NAME.pdf and the figure's data, if it has any, as NAME.csv into `folder`.
+
+        All of them or none. None as `draw`.
+        """
         with styled():
             drawn = self.draw(results)
             if drawn is None:
                 return None
-            files = tuple(folder / f"{self.name}{suffix}" for suffix in METADATA)
+            suffixes = [*METADATA] if drawn.data is None else [*METADATA, DATA]
+            files = tuple(folder / f"{self.name}{suffix}" for suffix in suffixes)
             with atomic_files(files) as temporary:
-                for path in temporary:
+                if drawn.data is not None:
+                    drawn.data.to_csv(temporary[-1], index=False)
+                for path in temporary[: len(METADATA)]:
                     FigureCanvasAgg(drawn.figure)
                     drawn.figure.savefig(path, dpi=DPI, metadata=METADATA[path.suffix])
         return Artifact(self.name, self.title, drawn.caption, files)

@@ -22,6 +22,7 @@ from h2cache.eval.report.tables.statistics import summarize
 BETWEEN = {"psnr": psnr, "ssim": ssim}  # two images, no weights
 ATTRIBUTES = "attributes"
 SEED = "another seed"
+COLUMNS = ["setting", "prompt_id", "seed", "other_seed", "distance"]  # of the data: a pair of images in each row
 SPREAD = (0.05, 0.95)  # quantiles that a bar spans
 NAMES = 1.6  # inches for the names of settings
 SCATTER = 0.22  # of a row, up and down, that dots are spread over
@@ -30,7 +31,8 @@ SCATTER = 0.22  # of a row, up and down, that dots are spread over
 @dataclass(frozen=True, kw_only=True)
 class SeedScale(FigureOutput):
     """A row of dots for every pair of the baseline's images of one prompt, and one for each setting's images against
-    the baseline's of the same seed. Where attributes are measured, how far the share of right ones moves.
+    the baseline's of the same seed. Where attributes are measured, how far the share of right ones moves. The pairs
+    are beside it as CSV.
 
     Fields:
         quality: psnr or ssim.
@@ -74,7 +76,10 @@ class SeedScale(FigureOutput):
             _attributes(axes[1], rows, colours)
         axes[0].set_yticks(range(len(rows)), ["\n".join(each) for each in lines])
         axes[0].set_ylim(len(rows) - 0.5, -0.5)
-        return Drawn(figure, self._caption(rows, shows_attributes))
+        shown = pd.concat([changes.assign(setting=name) for name, changes in rows.items()])
+        columns = [*COLUMNS, *([ATTRIBUTES] if shows_attributes else [])]
+        data = shown[columns].rename(columns={"distance": self.quality, ATTRIBUTES: "attributes_change"})
+        return Drawn(figure, self._caption(rows, shows_attributes), data)
 
     def _of_seeds(self, results: Results) -> pd.DataFrame:
         """A row for each two seeds of a prompt: `distance` of the baseline's images, `attributes`: how these differ."""
@@ -83,8 +88,9 @@ class SeedScale(FigureOutput):
             for a, b in combinations(rows.to_dict("records"), 2):
                 distance = BETWEEN[self.quality](*(read_image(each["image"]).convert("RGB") for each in (a, b)))
                 difference = abs(a.get(ATTRIBUTES, math.nan) - b.get(ATTRIBUTES, math.nan))
-                found.append({"prompt_id": prompt, "distance": distance, ATTRIBUTES: difference})
-        return pd.DataFrame(found, columns=["prompt_id", "distance", ATTRIBUTES])
+                pair = {"prompt_id": prompt, "seed": a["seed"], "other_seed": b["seed"]}
+                found.append({**pair, "distance": distance, ATTRIBUTES: difference})
+        return pd.DataFrame(found, columns=[*COLUMNS[1:], ATTRIBUTES])
 
     def _of_cache(self, rows: pd.DataFrame, results: Results) -> pd.DataFrame:
         """The same for each image of a setting and the baseline's of its prompt and seed."""
@@ -92,7 +98,8 @@ class SeedScale(FigureOutput):
         changed = pd.DataFrame({"distance": pairs[self.quality].astype(np.float64), ATTRIBUTES: math.nan})
         if ATTRIBUTES in results.metrics:
             changed[ATTRIBUTES] = (pairs[ATTRIBUTES] - results.baseline[ATTRIBUTES].reindex(pairs.index)).abs()
-        return changed.dropna(subset=["distance"]).reset_index()
+        changed = changed.dropna(subset=["distance"]).reset_index()
+        return changed.assign(other_seed=changed["seed"])
 
     def _distances(self, ax: Axes, rows: dict[str, pd.DataFrame], colours: dict[str, str]) -> None:
         for place, (name, changes) in enumerate(rows.items()):
