@@ -202,6 +202,7 @@ class RayLauncher:
     def draw(
         self, model: ModelConfig, batches: Sequence[Batch], watcher: Watcher, on_machine: Callable[[str], None]
     ) -> Iterator[tuple[Cell, Drawn | Failure]]:
+        watcher.loads(0, 0)
         with self._pool(model) as pool:
             yield from pool.work(Painter.draw, batches, on_machine)
 
@@ -210,7 +211,6 @@ class RayLauncher:
         """The workers, for as long as the block lasts. UserError where they cannot be had."""
         if model.device not in ("auto", "cpu", "cuda"):
             raise UserError(f"model.device={model.device}: Ray gives each worker its own GPU; use model.device=auto")
-        watcher.loads(0, 0)
         with self._connected() as ray:
             count, gpus = self._size(ray.cluster_resources(), model)
             yield _Pool(ray, model, count, {"num_cpus": self.cpus_per_worker, "num_gpus": gpus})
