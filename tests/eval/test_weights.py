@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +15,16 @@ from h2cache.eval.errors import NotInstalled, UserError
 from h2cache.eval.generation.backends import own_copy
 from h2cache.eval.generation.records import Store
 from h2cache.eval.generation.sweep import Painter
-from h2cache.eval.models.pipelines import ModelConfig
+from h2cache.eval.models.identity import identity
+from h2cache.eval.models.loras import FluxLoraConfig
+from h2cache.eval.models.pipelines import ModelConfig, load_pipeline
 from h2cache.eval.models.weights import GROUP, Weights
 
 RANK, ALPHA = 2, 6
+FIELDS = {  # of a model, but for its folder
+    **{"hub_id": None, "dtype": "float32", "device": "cpu", "offload": "none"},
+    **{"height": 32, "width": 32, "num_inference_steps": 4, "guidance_scale": 3.5, "max_sequence_length": 24},
+}
 TORCHAO = pytest.mark.skipif(not find_spec("torchao"), reason="quantized weights need torchao")
 
 
@@ -48,17 +55,37 @@ def matrices(transformer) -> dict[str, torch.Tensor]:
     return {name: layer.weight for name, layer in layers if isinstance(layer, torch.nn.Linear)}
 
 
-def test_a_lora_is_merged_into_the_layers_that_it_names(tiny_pipe, lora):
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_a_lora_is_merged_into_the_layers_that_it_names(tiny_pipe, lora, strength):
     from safetensors.torch import load_file
 
-    before, after = matrices(tiny_pipe.transformer), matrices(changed(tiny_pipe, Weights(lora=lora)))
+    before = matrices(tiny_pipe.transformer)
+    after = matrices(changed(tiny_pipe, Weights(lora=lora, lora_strength=strength)))
     layers = {name.removeprefix("transformer."): part for name, part in load_file(lora).items()}
     assert before.keys() == after.keys()
     for name, weight in before.items():
         up, down = layers.get(f"{name}.lora_B.weight"), layers.get(f"{name}.lora_A.weight")
-        added = ALPHA / RANK * up @ down if up is not None else 0.0
+        added = strength * ALPHA / RANK * up @ down if up is not None else 0.0
         torch.testing.assert_close(after[name], weight + added, rtol=1e-5, atol=1e-6)
     assert sum(f"{name}.lora_B.weight" in layers for name in before) == 2 * 2 + 3 + 2  # queries and MLPs of the blocks
+
+
+def test_a_model_with_a_lora_has_the_same_weights(tiny_pipe, tiny_pipe_folder, lora, tmp_path):
+    config = FluxLoraConfig(**FIELDS, path=str(tiny_pipe_folder), lora=lora, lora_strength=0.5)
+    expected = matrices(changed(tiny_pipe, Weights(lora=lora, lora_strength=0.5)))
+    for name, weight in matrices(load_pipeline(config).transformer).items():
+        torch.testing.assert_close(weight, expected[name])
+    assert identity(config) != identity(replace(config, lora_strength=1.0))
+    (tmp_path / "moved.safetensors").write_bytes(Path(lora).read_bytes())
+    assert identity(config) == identity(replace(config, lora=str(tmp_path / "moved.safetensors")))
+    with pytest.raises(UserError, match=r"model.lora=absent: there is no such file, seen from .* or give another"):
+        replace(config, lora="absent").check()
+    (tmp_path / "broken.safetensors").write_text("not weights")
+    with pytest.raises(UserError, match=r"broken\.safetensors does not load as a LoRA"):
+        replace(config, lora=str(tmp_path / "broken.safetensors")).load()
+    for field, value in (("lora", None), ("lora_strength", "much")):
+        with pytest.raises(ValueError, match=f"{field}={value!r} is not allowed"):
+            replace(config, **{field: value})
 
 
 @TORCHAO
@@ -80,9 +107,7 @@ def test_blocks_are_rounded_to_the_nearest_of_as_many_values(tiny_pipe, quantize
 
 @TORCHAO
 def test_images_are_drawn_with_them_and_without_them_in_turns(tiny_pipe_folder, lora):
-    fields = {"path": str(tiny_pipe_folder), "hub_id": None, "dtype": "float32", "device": "cpu", "offload": "none"}
-    sizes = {"height": 32, "width": 32, "num_inference_steps": 4, "guidance_scale": 3.5, "max_sequence_length": 24}
-    painter = Painter(ModelConfig(**fields, **sizes))
+    painter = Painter(ModelConfig(**FIELDS, path=str(tiny_pipe_folder)))
     plain, _, cached = CELLS[:3]
     chosen = [Weights(lora=lora), Weights(quantized="int4"), Weights(lora=lora, quantized="int4")]
     cells = [plain, *(replace(plain, weights=each) for each in chosen), replace(cached, weights=chosen[1]), plain]
@@ -100,8 +125,10 @@ def test_records_tell_them_apart_by_content(tmp_path, lora):
     with open(lora, "rb") as content:
         file.write_bytes(content.read())
     cell = CELLS[0]
-    names = [store.fingerprint(replace(cell, weights=each)) for each in (None, Weights(lora), Weights(str(file)))]
+    chosen = (None, Weights(lora), Weights(str(file)), Weights(lora, lora_strength=0.5))
+    names = [store.fingerprint(replace(cell, weights=each)) for each in chosen]
     assert names[0] == store.fingerprint(cell) and names[0] != names[1] == names[2]
+    assert names[3] not in names[:3]
     file.write_bytes(b"another")
     assert store.fingerprint(replace(cell, weights=Weights(str(file)))) != names[1]
 
@@ -112,6 +139,7 @@ def test_records_tell_them_apart_by_content(tmp_path, lora):
         ({}, "weights must name a lora, quantized, or both"),
         ({"lora": "absent.safetensors"}, "lora=absent.safetensors: there is no such file"),
         ({"quantized": "int3"}, "quantized=int3 is not allowed: choose int8 or int4"),
+        ({"quantized": "int8", "lora_strength": 0.5}, "lora_strength=0.5 is not allowed: give a number, and a lora"),
     ],
 )
 def test_what_there_is_not_is_refused(fields, says):
