@@ -1,6 +1,7 @@
 # make run [ARGS='prompt="a cat" seed=3']    draw an image; the arguments are run.py's
 # make test [ARGS='-k timeline'] [WORKERS=4]  run the tests in two processes or more; the arguments are pytest's
 # make test-thorough                         run the long products of cases that it leaves out (docs/tests.md)
+# make test-demo                             run the demo's tests in a browser; installs gradio
 # make lint
 # make package                               build the wheel and try it in an empty environment; needs a package index
 # make docs                                  build the docs site into site/, strictly
@@ -19,7 +20,7 @@ ARGS ?=
 WORKERS ?= 2
 OLD := 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is too old: make PYTHON=python3.11 or newer")'
 
-.PHONY: run test test-thorough lint docs assets demo package
+.PHONY: run test test-thorough test-demo lint docs assets demo package
 
 run: $(VENV)/run.stamp
 	$(BIN)/python run.py $(ARGS)
@@ -30,6 +31,9 @@ test: $(VENV)/dev.stamp
 
 test-thorough: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m thorough $(ARGS)
+
+test-demo: $(VENV)/dev.stamp $(VENV)/demo.stamp
+	$(BIN)/python -m pytest tests/eval/test_demo.py $(ARGS)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
