@@ -14,7 +14,7 @@ import h2cache
 
 Fields = Annotated[
     list[str] | None,
-    typer.Argument(help="Any other field, such as method.tau1=0.1.", metavar="[FIELD=VALUE]..."),
+    typer.Argument(help="Any other field, such as method.tau1=0.1.", metavar="FIELD=VALUE"),
 ]
 Model = Annotated[
     str, typer.Option("--model", "-m", help="A name that `doctor` lists, a hub id (OWNER/NAME) or a folder.")
@@ -100,7 +100,9 @@ def bench(
 @app.command()
 def rescore(
     out: Annotated[Path, typer.Argument(help="The folder of a run of `bench`.")] = Path("results"),
-    fields: Annotated[list[str] | None, typer.Argument(help="FIELD=VALUE, such as metric_weights=FOLDER.")] = None,
+    fields: Annotated[
+        list[str] | None, typer.Argument(help="Such as metric_weights=FOLDER.", metavar="FIELD=VALUE")
+    ] = None,
 ) -> None:
     """Measure a run's images again, when weights of metrics have come; draw none."""
     sys.argv[1:] = ["rescore", f"out={out}", *(fields or ())]
@@ -142,7 +144,9 @@ def tune(
 @app.command()
 def calibrate(
     prompts: Annotated[Path, typer.Argument(help="A file, one prompt a line.", exists=True, dir_okay=False)],
-    fields: Annotated[list[str] | None, typer.Argument(help="FIELD=VALUE of configs/calibrate.yaml.")] = None,
+    fields: Annotated[
+        list[str] | None, typer.Argument(help="Of configs/calibrate.yaml.", metavar="FIELD=VALUE")
+    ] = None,
     model: Model = "flux-mini",
     budget: Annotated[float, typer.Option(min=1, help="How many times fewer steps.")] = 4,
     out: Annotated[Path, typer.Option("--out", "-o", help="A folder for the plan.")] = Path("plans"),
