@@ -91,7 +91,7 @@ def _tune(cfg: DictConfig, target: tuple[str, float], prompts: Sequence[str], tr
             tuned = h2cache.tune(pipe, prompts, method, goal, seed=seed, trials=trials, on_trial=told, **call)
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from error
-    fields = " ".join(f"method.{field}={value}" for field, value in _changed(tuned.config, method).items())
+    fields = " ".join(f"method.{field}={_text(value)}" for field, value in _changed(tuned.config, method).items())
     console.print(f"\nbest: {_line(tuned.best, method)}\nuse it with: {fields or 'the method as it is'}")
 
 
@@ -100,11 +100,16 @@ def _tell(console: Console, method: CacheConfig, trial: Trial) -> None:
 
 
 def _line(trial: Trial, method: CacheConfig) -> str:
-    fields = ", ".join(f"{field} = {value}" for field, value in _changed(trial.config, method).items())
+    fields = ", ".join(f"{field} = {_text(value)}" for field, value in _changed(trial.config, method).items())
     return (
         f"{fields or 'as it is'}: {trial.psnr:.2f} dB, {trial.speedup:.2f} times fewer blocks, "
         f"{trial.wall_speedup:.2f} times the speed"
     )
+
+
+def _text(value: Any) -> str:
+    """A number without the last digits of its binary form: 0.3, not 0.30000000000000004."""
+    return f"{value:.12g}" if isinstance(value, float) else str(value)
 
 
 def _changed(config: CacheConfig, method: CacheConfig) -> Mapping[str, Any]:

@@ -1,10 +1,11 @@
 """The object that a configuration with a `_target_` describes; a sentence for one that describes none."""
 
 from collections.abc import Mapping
+from pkgutil import resolve_name
 from typing import Any
 
 from hydra.errors import InstantiationException
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 
 from h2cache.eval.errors import NotInstalled, UserError
 
@@ -15,8 +16,8 @@ def made(place: str, config: Any) -> Any:
         raise UserError(f"{place}: {config!r} is not allowed: it must be a mapping with a _target_")
     target = str(config["_target_"])
     try:
-        get_object(target)
-    except Exception as error:  # Hydra's ImportError, and whatever importing somebody's module raises
+        resolve_name(target)  # as Hydra finds it, without what Hydra logs
+    except Exception as error:  # an ImportError, and whatever importing somebody's module raises
         raise UserError(f"{place}: there is no {target}{_beside(target)}") from error
     try:
         return instantiate(dict(config), _convert_="all")
@@ -32,7 +33,7 @@ def _beside(target: str) -> str:
     if target.split(".")[0] in ("baselines", "eval"):
         return f"; write h2cache.{target}"
     try:
-        module = get_object(target.rpartition(".")[0])
+        module = resolve_name(target.rpartition(".")[0])
     except Exception:  # as above
         return ": its module cannot be imported"
     return f"; choose from {', '.join(getattr(module, '__all__', ())) or 'what its module has'}"
