@@ -8,13 +8,20 @@ from diffusers import FluxPipeline
 
 from h2cache.eval.errors import UserError
 from h2cache.eval.files import REPOSITORY, find_file
-from h2cache.eval.models.pipelines import ModelConfig, assemble, explained, is_number, require
+from h2cache.eval.models.explained import explained
+from h2cache.eval.models.loading import OnBytes, unwatched
+from h2cache.eval.models.pipelines import ModelConfig, assemble, is_number, require
 from h2cache.eval.models.weights import Weights
 
 
 @dataclass(frozen=True)
 class FluxLoraConfig(ModelConfig):
-    """A Flux pipeline and a LoRA for it; configs/model/flux-mini-distilled.yaml says what each field means."""
+    """A Flux pipeline and a LoRA for it.
+
+    Fields beyond those of `ModelConfig`:
+        lora: a file of LoRA weights, as diffusers loads them.
+        lora_strength: what they are multiplied by.
+    """
 
     noun: ClassVar[str] = "Flux pipeline with a LoRA"
 
@@ -41,9 +48,9 @@ class FluxLoraConfig(ModelConfig):
         super().check()
         self._weights()
 
-    def load(self) -> FluxPipeline:
+    def load(self, on_bytes: OnBytes = unwatched) -> FluxPipeline:
         weights = self._weights()
-        pipe = assemble(self)
+        pipe = assemble(self, on_bytes)
         with explained(weights.lora, "a LoRA", "lora"):
             weights.put_on(pipe)
         return pipe
