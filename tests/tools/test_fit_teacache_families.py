@@ -176,7 +176,7 @@ class TinyModel(ModelConfig):
     def check(self) -> None:
         pass
 
-    def load(self) -> Any:
+    def load(self, on_bytes: Any) -> Any:
         return self.pipe
 
 
