@@ -11,9 +11,11 @@ from typing import Any, Self
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
 from torch import nn
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+FUSED = ("to_qkv", "to_added_qkv", "to_qkv_mlp_proj")  # one projection to queries, keys, values and, in FLUX.2, the MLP
 
 
 class WorkCounter:
@@ -39,7 +41,7 @@ class WorkCounter:
             self._hooks.append(denoiser.register_forward_pre_hook(self._called))
         for counted in self._counted:
             for module in counted.modules():
-                if hasattr(module, "to_q") and hasattr(module, "to_k"):
+                if any(hasattr(module, name) for name in ("to_q", *FUSED)):
                     self._watch_attention(module)
                 elif isinstance(module, LAYERS):
                     self._watch(module, self._adding(module))
@@ -82,6 +84,7 @@ class WorkCounter:
     def _watch_attention(self, attention: nn.Module) -> None:
         """Count q k^T and the weighted sum of v by the rows that its projections were applied to."""
         size = {"queries": 0, "keys": 0}  # values of the queries; keys a sample
+        is_linear = isinstance(getattr(attention, "processor", None), SanaLinearAttnProcessor2_0)
 
         def queried(output: torch.Tensor) -> None:
             size["queries"] += output.numel()
@@ -89,12 +92,19 @@ class WorkCounter:
         def keyed(output: torch.Tensor) -> None:
             size["keys"] += output.shape[1]
 
+        def joined(output: torch.Tensor) -> None:
+            size["queries"] += output.shape[:-1].numel() * attention.inner_dim
+            size["keys"] += output.shape[1]
+
         def ended(output: Any) -> None:
-            self.multiply_adds += 2 * size["queries"] * size["keys"]
+            # Linear attention sums keys times values first: a head's width, and one to divide by, stand for the keys.
+            keys = attention.inner_dim // attention.heads + 1 if is_linear else size["keys"]
+            self.multiply_adds += 2 * size["queries"] * keys
             size.update(queries=0, keys=0)
 
         self._watch(attention, ended)
-        for name, ran in (("to_q", queried), ("add_q_proj", queried), ("to_k", keyed), ("add_k_proj", keyed)):
+        projections = {"to_q": queried, "add_q_proj": queried, "to_k": keyed, "add_k_proj": keyed}
+        for name, ran in (projections | dict.fromkeys(FUSED, joined)).items():
             layer = getattr(attention, name, None)
             if isinstance(layer, nn.Module):
                 self._watch(layer, ran)

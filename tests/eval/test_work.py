@@ -1,8 +1,14 @@
 """Work is counted where it is done: exactly for one call, in proportion for a run, and nothing of it remains."""
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import FluxPipeline, UNet2DConditionModel
+from families import FAMILIES
+from families.base import family_pipe, generate
+from thorough import named, product
 from tiny import tiny_transformer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -63,6 +69,42 @@ def test_it_counts_what_torch_counts_in_a_transformer():
     with WorkCounter(Pipe(transformer=model)) as work, FlopCounterMode(display=False) as flops:
         model(**call)
     assert 2 * work.multiply_adds == flops.get_total_flops()
+
+
+def _counting(flops: list[int], compute: Callable) -> Callable:
+    def forward(*args, **kwargs):
+        with FlopCounterMode(display=False) as counted:
+            output = compute(*args, **kwargs)
+        flops.append(counted.get_total_flops())
+        return output
+
+    return forward
+
+
+@torch.no_grad()
+@product("family", named({family.name: family for family in FAMILIES}), kept=("flux2", "sana", "wan-a14b").__contains__)
+def test_it_counts_what_torch_counts_in_every_family(family, monkeypatch):
+    pipe, flops = family_pipe(family.name), []
+    for denoiser in (pipe.transformer, getattr(pipe, "transformer_2", None)):
+        if denoiser is not None:  # these alone: the pipelines' encoders compute as well
+            monkeypatch.setattr(denoiser, "forward", _counting(flops, denoiser.forward))
+    with WorkCounter(pipe) as work:
+        generate(family, pipe)
+    assert work.calls == len(flops) > 0
+    assert 2 * work.multiply_adds == sum(flops)
+
+
+def test_fused_projections_count_as_separate_ones(tiny_pipe):
+    fused = copy.deepcopy(tiny_pipe.transformer)
+    fused.fuse_qkv_projections()
+    counts = []
+    for transformer in (tiny_pipe.transformer, fused):
+        pipe = FluxPipeline(**{**tiny_pipe.components, "transformer": transformer})
+        pipe.set_progress_bar_config(disable=True)
+        with WorkCounter(pipe) as work:
+            pipe("a sign", generator=torch.manual_seed(0), **CALL)
+        counts.append(work.multiply_adds)
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize(
