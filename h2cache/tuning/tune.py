@@ -190,10 +190,10 @@ class _Bench:
         return trial
 
     def _draw(self, index: int) -> tuple[Tensor, float]:
-        """Images as they would be saved, 0 to 255, and the seconds that the pipeline took."""
+        """Images or videos as they would be saved, 0 to 255, and the seconds that the pipeline took."""
         noise = torch.Generator("cpu").manual_seed(self.seed + index)
         started = time.perf_counter()
-        images = self.pipe(self.prompts[index], generator=noise, output_type="pt", **self.call).images
+        images = self.pipe(self.prompts[index], generator=noise, output_type="pt", **self.call)[0]
         images = images.to("cpu", torch.float32)  # waits for the device
         return (images * 255).round(), time.perf_counter() - started
 

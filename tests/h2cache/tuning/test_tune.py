@@ -6,14 +6,16 @@ from collections import Counter
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, HunyuanVideoPipeline
 from tiny import TEXT_TOKENS
 
 import h2cache
 from h2cache import CacheConfig, H2CacheConfig, Psnr, Speedup
 from h2cache.baselines import BlockCacheConfig, ClusCaConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
+from h2cache.eval.files import REPOSITORY
 from h2cache.eval.metrics.images import psnr
 from h2cache.policy.forecasts import Taylor
 from h2cache.policy.rules import Interval
@@ -32,6 +34,11 @@ METHODS = [
     pytest.param(ClusCaConfig(clusters=3), id="clusca"),
 ]
 KNOBS = {"threshold", "tau1", "tau2", "interval"}
+
+
+def decibels(drawn: np.ndarray, plain: np.ndarray) -> float:
+    """PSNR of all frames together, 0 to 255."""
+    return float(-10 * np.log10(np.square(drawn / 255.0 - plain / 255.0).mean()))
 
 
 def draw(pipe: FluxPipeline, seed: int = 0):
@@ -266,6 +273,20 @@ def test_on_flux_mini(flux_mini):
     found = h2cache.tune(flux_mini, [prompt], HiCacheConfig(granularity="stage"), Speedup(2.5), trials=3, **call)
     assert found.best.speedup >= 2.5 and found.best.psnr > 25
     assert found.best.psnr == max(trial.psnr for trial in found.curve if trial.speedup >= 2.5)
+
+
+def test_on_videos():
+    pipe = HunyuanVideoPipeline.from_pretrained(REPOSITORY / "assets/hunyuan-mini", dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    call = dict(height=16, width=16, num_frames=5, num_inference_steps=6, max_sequence_length=24)
+    call["prompt_template"] = {"template": "{}", "crop_start": 0}
+    found = h2cache.tune(pipe, ["a pink ring"], BlockCacheConfig(), Speedup(1.4), trials=2, **call)
+    noise = torch.Generator().manual_seed(0)
+    plain = pipe("a pink ring", generator=noise, **call).frames[0]
+    with h2cache.apply(pipe, found.config):
+        drawn = pipe("a pink ring", generator=noise.manual_seed(0), **call).frames[0]
+    assert found.best.speedup >= 1.4
+    assert found.best.psnr == pytest.approx(decibels(np.stack(drawn), np.stack(plain)))
 
 
 def test_what_was_tuned_says_what_it_found():
