@@ -30,16 +30,16 @@ ROWS, COLUMNS = 4, 6
 
 CARD = """# flux-mini
 
-A small but complete Flux: `FluxPipeline.from_pretrained("assets/flux-mini")` loads it offline, and everything that
-works on FLUX.1-dev's transformer works on this one, in a second or two on a CPU. It draws one short word on a
-coloured sign, label, jersey, badge or shopfront before a coloured wall, at {size}x{size}. It is the test bench of
-this repository, not an image model for anything else: it knows {colours} colours, {shapes} shapes, {fonts} fonts and
-capital letters, and prompts outside the grammar of `tools/flux_mini/scenes.py` give arbitrary signs.
+A small but complete Flux: `FluxPipeline.from_pretrained("assets/flux-mini")` loads it offline, and whatever works on
+FLUX.1-dev's transformer works on this one, in a second or two on a CPU. It draws one short word on a coloured sign,
+label, jersey, badge or shopfront in front of a coloured wall, at {size}x{size}. It is this repository's test bench
+and has no other use: it knows {colours} colours, {shapes} shapes, {fonts} fonts and capital letters, and prompts
+outside the grammar of `tools/flux_mini/scenes.py` give arbitrary signs.
 
 ![{shown} held-out prompts](contact_sheet.png)
 
-The words above were never seen in training, nor were half of the phrasings (`assets/prompts/signs80.jsonl`, the first
-{shown}; {sampling} steps, guidance {guidance}).
+None of these words, and only half of the phrasings, were seen in training (the first {shown} prompts of
+`assets/prompts/signs80.jsonl`; {sampling} steps, guidance {guidance}).
 
     pipe = FluxPipeline.from_pretrained("assets/flux-mini")
     pipe('a red octagonal sign that says "STOP" in white bold letters, on a blue background',
@@ -56,20 +56,20 @@ embedding; dynamic-shift flow-matching scheduler. Weights are float16.
 
 ## What it can do, measured
 
-All {count} prompts of `signs80.jsonl`, {sampling} steps, guidance {guidance}, seed = position; no word of them was seen
-in training.
+All {count} prompts of `signs80.jsonl`, {sampling} steps, guidance {guidance}, seed = position in the file. None of
+their words was seen in training.
 
 {measures}
 
-Attributes are read from the pixels by rules and words by a small network that was trained on rendered scenes of random
-letters alone and has no vocabulary. The readers' own errors are measured on scenes of held-out words whose truth is
-known, as rendered and after the autoencoder. A word counts as right only if every letter is. Measured by
+Rules read the attributes from the pixels. A small network reads the words; it was trained only on rendered scenes of
+random letters and has no vocabulary. The errors of these readers are measured on scenes of held-out words with known
+truth, as rendered and after the autoencoder. A word is right only if every letter is. Measured by
 `python -m tools.flux_mini.evaluate` on the weights with SHA-256 `{weights}`.
 
 ## Training
 
-Data: scenes drawn on the fly by `tools/flux_mini/scenes.py` and captioned from the same description; {pool} of them
-encoded once for the transformer. No image or text from anywhere else was used. All seeds are fixed; float sums on
+Data: scenes drawn on the fly by `tools/flux_mini/scenes.py`, with captions from the same description; for the
+transformer, {pool} of them were encoded once. No other images or text were used. All seeds are fixed; float sums on
 other machines may round differently.
 
 | stage | steps | batch | hours | result |
@@ -78,7 +78,7 @@ other machines may round differently.
 
 {notes}
 
-To train it again, from nothing:
+To train it from scratch:
 
     {command}
 

@@ -24,14 +24,14 @@ SHOWN = {"small": 3, "blurred": 1, "noisy": 1, "jpeg": 1}  # how many scenes of 
 
 CARD = """# flux-mini-upscaler
 
-A small `FluxControlNetModel` for [flux-mini](../flux-mini/README.md): it takes a 32x32 picture of one of flux-mini's
-scenes, also a blurred, noisy or JPEG-compressed one, to 128x128 through diffusers' own `FluxControlNetPipeline`. It is
-the super-resolution test bench of this repository, and no upscaler for other pictures.
+A small `FluxControlNetModel` for [flux-mini](../flux-mini/README.md): it upscales a 32x32 picture of one of flux-mini's
+scenes, even a blurred, noisy or JPEG-compressed one, to 128x128 in diffusers' own `FluxControlNetPipeline`. It is
+this repository's test bench for super-resolution, not an upscaler for other pictures.
 
-![held-out scenes: as given, bicubic, the model's, the truth](contact_sheet.png)
+![held-out scenes: input, bicubic, output, ground truth](contact_sheet.png)
 
-From left to right: the picture given, its bicubic enlargement, what the model makes of it, the truth. Three pictures
-that are small and nothing else, then a blurred, a noisy and a compressed one. The words were never seen in training.
+From left to right: the input, its bicubic enlargement, the model's output, the ground truth. Three inputs are only
+small; the others are also blurred, noisy and compressed. The words were never seen in training.
 
     controlnet = FluxControlNetModel.from_pretrained("assets/flux-mini-upscaler")
     pipe = FluxControlNetPipeline.from_pretrained("assets/flux-mini", controlnet=controlnet)
@@ -39,40 +39,40 @@ that are small and nothing else, then a blurred, a noisy and a compressed one. T
          control_image=Image.open("small.png"), height=128, width=128, guidance_scale=1.0,
          max_sequence_length=40).images[0]
 
-or `python run.py model=flux-mini-upscaler image=small.png prompt="..."`. The prompt tells what the picture shows; an
-empty one is allowed. The pipeline enlarges the picture to 128x128 (Lanczos) and encodes it with flux-mini's
-autoencoder, as it does for FLUX.1's upscalers. Use the guidance scale {guidance} of its training.
+or `python run.py model=flux-mini-upscaler image=small.png prompt="..."`. The prompt says what the picture shows and may
+be empty. The pipeline enlarges the picture to 128x128 (Lanczos) and encodes it with flux-mini's autoencoder, as it does
+for FLUX.1's upscalers. Use guidance scale {guidance}, as in training.
 
 {parameters:,} parameters in float16, {mebibytes:.1f} MiB: {double} double-stream and {single} single-stream blocks of
-flux-mini's width, with a projection each. What a projection gives is added after three of flux-mini's own blocks.
+flux-mini's width, each with a projection. A projection's output is added after three of flux-mini's own blocks.
 
 ## What it can do, measured
 
-{count} scenes of held-out words (`assets/prompts/small80.jsonl`), half of their captions in held-out phrasings,
-guidance {guidance}, seed = position. Everything is against the ground truth: the 128x128 picture that the small one
-was made from. "small" is 32x32 and nothing else.
+{count} scenes of held-out words (`assets/prompts/small80.jsonl`), half of them captioned in held-out phrasings,
+guidance {guidance}, seed = position in the file. All values are against the ground truth: the 128x128 picture that
+the input was made from. "small" inputs are 32x32 and otherwise undamaged.
 
 {measures}
 
-The words are read by `h2cache.eval.metrics.reader`; character errors are edits a letter. Of the truth itself it reads
-{drawn_words:.1f} % of the words ({drawn_errors:.1f} % character errors). Of the truth through flux-mini's autoencoder,
-which bounds what the pipeline gives, it reads {vae_words:.1f} % ({vae_errors:.1f} %), at {vae_psnr:.2f} dB PSNR and
-{vae_ssim:.3f} SSIM. The row without the prompt tells how much the caption helps. Fewer steps average over what the
-picture leaves open. Back-projected: corrected by the difference between the small picture and the result shrunk again,
-three times, and so is the bicubic enlargement beside it; no part of the model, and a measure of what it loses of the
-picture that it is given.
+`h2cache.eval.metrics.reader` reads the words; character errors are edits per letter. On the ground truth it reads
+{drawn_words:.1f} % of the words ({drawn_errors:.1f} % character errors). After flux-mini's autoencoder, which bounds
+the pipeline's result, it reads {vae_words:.1f} % ({vae_errors:.1f} %), at {vae_psnr:.2f} dB PSNR and
+{vae_ssim:.3f} SSIM. The row without the prompt shows how much the caption helps. Fewer steps average over what the
+input leaves open. Back-projected results, and the bicubic ones beside them, are corrected three times by the
+difference between the input and the result downscaled again. This is not part of the model: it shows how much of
+the input the model loses.
 
 Measured by `python -m tools.flux_mini_upscaler.evaluate` on the weights with SHA-256 `{weights}`.
 
 ## Training
 
-Data: scenes drawn by `tools/flux_mini/scenes.py` with captions, degraded by `tools/flux_mini_upscaler/degrade.py` (half
-of them small alone), {seen:,} of them, encoded once. No held-out word or phrasing is among them. The ControlNet starts
-from flux-mini's own first blocks, its input for the control from flux-mini's input layer, its projections from zero;
-flux-mini is frozen. For the first {alone} steps only a linear head on the ControlNet's last block is asked what the
-picture's latents are, which costs a third of a step; then flow matching through flux-mini, the head beside it with half
-the weight. The head is not exported. Muon for matrices, AdamW for the rest, at a constant rate that falls to zero over
-the last 30 %; exponential average of the weights.
+Data: {seen:,} captioned scenes of `tools/flux_mini/scenes.py`, degraded by `tools/flux_mini_upscaler/degrade.py` (half
+of them only downscaled) and encoded once. They contain no held-out word or phrasing. The ControlNet's blocks start as
+flux-mini's first ones, its control input as flux-mini's input layer, its projections at zero; flux-mini is frozen.
+For the first {alone} steps the only loss is that of a linear head on the ControlNet's last block, which predicts the
+picture's latents; such a step costs a third. Then flow matching through flux-mini is the loss, plus half the head's.
+The head is not exported. Optimizers: Muon for matrices, AdamW for the rest, at a constant learning rate that falls to
+zero over the last 30 %. The weights are an exponential moving average.
 
 | steps | batch | hours | head, squared error of latents | flow loss |
 |---:|---:|---:|---:|---:|
@@ -80,7 +80,7 @@ the last 30 %; exponential average of the weights.
 
 {notes}
 
-To train it again, from assets/flux-mini alone:
+To train it again, from assets/flux-mini:
 
     {command}
 
