@@ -25,15 +25,15 @@ ROWS, SHOWN_FRAMES = 12, 9
 CARD = """# hunyuan-mini
 
 A small but complete HunyuanVideo: `HunyuanVideoPipeline.from_pretrained("assets/hunyuan-mini")` loads it offline, and
-everything that works on HunyuanVideo's transformer works on this one, in seconds on a CPU. It draws one coloured shape
-that moves, turns, appears or stands still before a coloured background: {frames} frames of {size}x{size}. It is the
-test bench of this repository, not a video model for anything else: it knows {colours} colours, {shapes} shapes and
-{motions} motions, and prompts outside the grammar of `tools/hunyuan_mini/clips.py` give arbitrary videos.
+whatever works on HunyuanVideo's transformer works on this one, in seconds on a CPU. It draws one coloured shape
+that moves, turns, appears or stands still on a coloured background: {frames} frames of {size}x{size}. It is this
+repository's test bench and has no other use: it knows {colours} colours, {shapes} shapes and {motions} motions, and
+prompts outside the grammar of `tools/hunyuan_mini/clips.py` give arbitrary videos.
 
 ![{rows} held-out prompts, every second frame](contact_sheet.png)
 
-One row a prompt, the first {rows} of `assets/prompts/motion80.jsonl`, every second frame. No shape above was seen in
-training in its colour with its motion and speed, nor half of the phrasings ({sampling} steps, guidance {guidance}):
+Each row is one of the first {rows} prompts of `assets/prompts/motion80.jsonl`. None of these combinations of shape,
+colour, motion and speed, and only half of the phrasings, were seen in training ({sampling} steps, guidance {guidance}):
 
 {prompts}
 
@@ -42,9 +42,9 @@ training in its colour with its motion and speed, nor half of the phrasings ({sa
          guidance_scale={guidance}, max_sequence_length={length},
          prompt_template={{"template": "{{}}", "crop_start": 0}}).frames[0]
 
-`python run.py model=hunyuan-mini prompt="..."` does the same and writes an MP4. The pipeline's own template wraps a
-prompt in {own_template} tokens of instructions for a language model and cuts their states off again; this model was
-trained on the prompt alone, padded to {length} tokens, so call it with that template and that length.
+`python run.py model=hunyuan-mini prompt="..."` does the same and writes an MP4. The pipeline's default template puts
+{own_template} tokens of instructions before the prompt and drops their hidden states again. This model was trained on
+the prompt alone, padded to {length} tokens, so call it with the template and length above.
 
 | part | class | parameters |
 |---|---|---:|
@@ -52,26 +52,26 @@ trained on the prompt alone, padded to {length} tokens, so call it with that tem
 
 {latents} latent frames of 8x8, {tokens} video tokens; {double} double-stream and {single} single-stream blocks of width
 {width}; {refiner} block of the text refiner; guidance embedding; flow-matching scheduler with shift {shift:g}. The
-pipeline reads Llama's states {skipped} layers before the last, so the last {skipped} of its layers are there for the
-pipeline's sake and were not trained. Weights are float16, {size_mib:.1f} MiB in all.
+pipeline reads Llama's hidden states {skipped} layers before the last, so its last {skipped} layers are not used and
+were not trained. Weights are float16, {size_mib:.1f} MiB in all.
 
 ## What it can do, measured
 
-All {count} prompts of `motion80.jsonl`, {sampling} steps, guidance {guidance}, seed = position.
+All {count} prompts of `motion80.jsonl`, {sampling} steps, guidance {guidance}, seed = position in the file.
 
 {measures}
 
-Attributes are read from the pixels by rules (`h2cache.eval.metrics.clips`); nothing in them is trained. The shape is
-followed through the frames, and what moves like none of the motions counts as unsteady, which is never right: frozen
-and shuffled videos are read as wrong (`tests/tools/test_hunyuan_mini_tools.py`). What the reader itself gets right is
-measured on clips whose truth is known, as rendered and after the autoencoder. Measured by
+Rules without any training read the attributes from the pixels (`h2cache.eval.metrics.clips`). They follow the shape
+through the frames. A shape that moves like none of the motions counts as unsteady, which is never right: frozen and
+shuffled videos are wrong (`tests/tools/test_hunyuan_mini_tools.py`). The reader's own accuracy is measured on clips
+with known truth, as rendered and after the autoencoder. Measured by
 `python -m tools.hunyuan_mini.evaluate` on the weights with SHA-256 `{weights}`.
 
 ## Training
 
-Data: clips drawn on the fly by `tools/hunyuan_mini/clips.py` and captioned from the same description; {pool} of them
-encoded once for the transformer. One combination in ten of shape, colour, motion and speed is left out of all training.
-No video or text from anywhere else was used. All seeds are fixed; float sums on other machines may round differently.
+Data: clips drawn on the fly by `tools/hunyuan_mini/clips.py`, with captions from the same description; for the
+transformer, {pool} of them were encoded once. One in ten combinations of shape, colour, motion and speed is held out.
+No other videos or text were used. All seeds are fixed; float sums on other machines may round differently.
 
 | stage | steps | batch | hours | result |
 |---|---:|---:|---:|---|
@@ -79,7 +79,7 @@ No video or text from anywhere else was used. All seeds are fixed; float sums on
 
 {notes}
 
-To train it again, from nothing:
+To train it from scratch:
 
     {command}
 
