@@ -31,7 +31,7 @@ this repository's test bench for super-resolution, not an upscaler for other pic
 ![held-out scenes: input, bicubic, output, ground truth](contact_sheet.png)
 
 From left to right: the input, its bicubic enlargement, the model's output, the ground truth. Three inputs are only
-small; the others are also blurred, noisy and compressed. The words were never seen in training.
+small; the others add blur, noise or JPEG compression. The words were never seen in training.
 
     controlnet = FluxControlNetModel.from_pretrained("assets/flux-mini-upscaler")
     pipe = FluxControlNetPipeline.from_pretrained("assets/flux-mini", controlnet=controlnet)
