@@ -30,7 +30,7 @@ class Look:
     dashes: str | tuple
 
 
-# Okabe and Ito's colours for colour-blind readers (their yellow is too faint for lines on white), then two of Tol's.
+# Okabe and Ito's colours for colour-blind readers (their yellow is too faint for lines on white), then some of Tol's.
 LOOKS = {
     BASELINE: Look(BLACK, "*", "solid"),
     "H2-Cache": Look("#d55e00", "o", "solid"),
@@ -51,7 +51,7 @@ ON = " on "  # "HiCache on UniPC" looks like HiCache, with another line
 _TAKEN = {(look.colour, look.marker) for look in LOOKS.values()}
 _OTHERS = tuple(
     Look(colour, marker, (0, (3, 1, 1, 1)))
-    for marker, colour in product("h8<>dpH", ("#332288", "#882255", "#661100", "#6e6e6e"))
+    for marker, colour in product("h8<>dpH", ("#332288", "#aa4499", "#44aa99", "#661100"))
     if (colour, marker) not in _TAKEN
 )
 
