@@ -1,17 +1,18 @@
 """The fused probe equals the plain one, op by op.
 
-It runs on CUDA only. Where there is none, Triton's interpreter runs the kernel on the CPU (in a process of its own, as
-it must be chosen before Triton is imported), and its compiler makes the machine code of a GPU that is not there.
+It runs on CUDA only. Where there is none, Triton's interpreter runs the kernel on the CPU (in a copy of this process,
+as it must be chosen before Triton is imported), and its compiler makes the machine code of a GPU that is not there.
 """
 
+import importlib
+import multiprocessing
 import os
-import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
 from loops import denoise
-from repository import REPOSITORY
 from thorough import named, product
 from tiny import tiny_transformer
 
@@ -24,24 +25,24 @@ triton = pytest.importorskip("triton", reason="torch's CPU builds come without T
 
 from h2cache.policy import pfs_triton  # noqa: E402  (it imports Triton)
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter")
+
+@pytest.fixture(scope="module")
+def interpreter():
+    """`interpreter(check, *args)` calls a function of this file where `pfs_triton` is interpreted."""
+    fork = multiprocessing.get_context("fork")  # a new process would import torch and diffusers again
+    with ProcessPoolExecutor(1, fork, interpret) as process:
+        yield lambda check, *args: process.submit(check, *args).result()
 
 
-@pytest.mark.timeout(1200)
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
-@pytest.mark.parametrize("cases", ["not thorough", pytest.param("thorough", marks=pytest.mark.thorough)])
-def test_in_the_interpreter(cases):
-    options = ["-q", "-p", "no:cacheprovider", "--timeout=0", "-k", "interpreted", "-m", cases]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert " passed" in done.stdout
+def interpret() -> None:
+    """Import Triton and the kernel again, as interpreted."""
+    global pfs_triton
+    os.environ["TRITON_INTERPRET"] = "1"
+    for name in list(sys.modules):
+        if name.split(".")[0] == "triton" and not name.startswith("triton._C") or name == pfs_triton.__name__:
+            del sys.modules[name]
+    pfs_triton = importlib.import_module(pfs_triton.__name__)
+    assert "Interpreted" in type(pfs_triton._observe).__name__
 
 
 def features(text: int, image: int, width: int, dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
@@ -70,7 +71,6 @@ def in_turn(shape: str, before: str, dtype: str) -> bool:
     return (list(SHAPES).index(shape) + (before == "before")) % 3 == DTYPES.index(dtype)
 
 
-@interpreted
 @product(
     "text, image, width, target, with_before, dtype",
     [pytest.param(*shape, id=name) for name, shape in SHAPES.items()],
@@ -78,7 +78,11 @@ def in_turn(shape: str, before: str, dtype: str) -> bool:
     named({name: getattr(torch, name) for name in DTYPES}),
     kept=in_turn,
 )
-def test_interpreted_equals_plain(text, image, width, target, with_before, dtype):
+def test_interpreted_equals_plain(interpreter, text, image, width, target, with_before, dtype):
+    interpreter(equals_plain, text, image, width, target, with_before, dtype)
+
+
+def equals_plain(text, image, width, target, with_before, dtype):
     after = features(text, image, width, dtype, 0)
     before = features(text, image, width, dtype, 1) if with_before else None
     strides = pfs.strides(text + image, width, target)
@@ -93,9 +97,12 @@ def test_interpreted_equals_plain(text, image, width, target, with_before, dtype
     torch.testing.assert_close(deviation, plain_deviation, rtol=1e-5, atol=1e-6)
 
 
-@interpreted
-def test_interpreted_reads_views_of_a_joint_sequence():
+def test_interpreted_reads_views_of_a_joint_sequence(interpreter):
     """Streams are often slices of one tensor [text; image], of which only the channels are dense."""
+    interpreter(reads_views)
+
+
+def reads_views():
     after, before = (torch.cat(features(5, 11, 8, torch.float32, seed), dim=1) for seed in (0, 1))
     plain, _ = pfs.observe([after - before], None, 4, None)
     split = [[joint[:, :5], joint[:, 5:]] for joint in (after, before)]
@@ -103,17 +110,19 @@ def test_interpreted_reads_views_of_a_joint_sequence():
     torch.testing.assert_close(summary, plain)
 
 
-@interpreted
 @pytest.mark.parametrize("odd", [torch.nan, torch.inf])
-def test_interpreted_hides_no_odd_number(odd):
+def test_interpreted_hides_no_odd_number(interpreter, odd):
     """A probe that is not finite must be seen not to be (rule 6)."""
+    interpreter(hides_nothing, odd)
+
+
+def hides_nothing(odd):
     after, before = (features(0, 16, 8, torch.float32, seed) for seed in (0, 1))
     after[0][0, 9, 5] = odd
     _, deviation = pfs_triton.observe(after, before, (2, 2), torch.ones(1, 8, 4))
     assert not deviation[0].isfinite() and deviation[1].isfinite()
 
 
-@interpreted
 @pytest.mark.parametrize(
     "config",
     [
@@ -123,7 +132,11 @@ def test_interpreted_hides_no_odd_number(odd):
     ],
     ids=lambda config: type(config).__name__,
 )
-def test_interpreted_methods_decide_alike(config, monkeypatch):
+def test_interpreted_methods_decide_alike(interpreter, config):
+    interpreter(decides_alike, config)
+
+
+def decides_alike(config):
     def run() -> tuple[list, torch.Tensor]:
         transformer = tiny_transformer()
         with h2cache.apply(transformer, config) as handle:
@@ -135,14 +148,14 @@ def test_interpreted_methods_decide_alike(config, monkeypatch):
         return pfs_triton.observe(after, before, pfs.strides(tokens, after[0].shape[2], target), reference)
 
     decisions, image = run()
-    monkeypatch.setattr(probes, "observe", always_fused)
-    fused_decisions, fused_image = run()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probes, "observe", always_fused)
+        fused_decisions, fused_image = run()
     assert len({decision for _, decision in decisions}) >= 3  # warm-up, computed, hit
     assert fused_decisions == decisions
     assert torch.equal(fused_image, image)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="compiles nothing")
 @pytest.mark.parametrize(("stride", "padded"), [(1, 1), (2, 2), (12, 16)])
 def test_it_compiles_for_a_gpu(stride, padded):
     """Down to machine code, with FLUX.1-dev's strides: what no interpreter proves."""
