@@ -39,7 +39,7 @@ def interpret() -> None:
     global pfs_triton
     os.environ["TRITON_INTERPRET"] = "1"
     for name in list(sys.modules):
-        if name.split(".")[0] == "triton" and not name.startswith("triton._C") or name == pfs_triton.__name__:
+        if name == pfs_triton.__name__ or (name.split(".")[0] == "triton" and not name.startswith("triton._C")):
             del sys.modules[name]
     pfs_triton = importlib.import_module(pfs_triton.__name__)
     assert "Interpreted" in type(pfs_triton._observe).__name__
