@@ -133,15 +133,17 @@ def test_the_demo_shows_the_video_beside_the_uncached_one(folder):
     whole, cached = opened.draw(studio.Task(PROMPTS[0], 0, 2)), opened.draw(studio.Task(PROMPTS[0], 1, 2), method)
     assert math.isinf(whole.psnr(whole)) and math.isfinite(cached.psnr(whole))
     assert opened.decisions(cached).width
-    for shown, videos in ((studio.film(8, cached, whole), 3), (studio.film(8, cached, None), 1)):
-        with av.open(io.BytesIO(shown)) as video:
-            frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
-        times = 256 // SIZE
+    times = 256 // SIZE
+    beside, single = (frames_of(studio.film(8, cached, reference)) for reference in (whole, None))
+    for frames, videos in ((beside, 3), (single, 1)):
         assert np.shape(frames) == (FRAMES, times * SIZE, videos * times * SIZE, 3)
     left = np.asarray(whole.drawing.frames[0]).repeat(times, 0).repeat(times, 1)
-    with av.open(io.BytesIO(studio.film(8, cached, whole))) as video:
-        first = next(video.decode(video=0)).to_ndarray(format="rgb24")
-    assert np.abs(first[:, : left.shape[1]].astype(float) - left).mean() < 8  # but for the codec
+    assert np.abs(beside[0][:, : left.shape[1]].astype(float) - left).mean() < 8  # but for the codec
+
+
+def frames_of(shown: bytes) -> list[np.ndarray]:
+    with av.open(io.BytesIO(shown)) as video:
+        return [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
 
 
 def test_latents_are_recorded_frame_by_frame(folder, pipe):
