@@ -9,15 +9,15 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from composing import compose_once, composed_method
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
 from PIL import Image
 from repository import REPOSITORY
 
@@ -43,12 +43,6 @@ CALL = {"height": 32, "width": 32, "num_inference_steps": 4, "max_sequence_lengt
 SMALL = ["experiment=qualitative", "experiments.qualitative.outputs=[]", "experiments.qualitative.metrics=[psnr]"]
 
 
-@cache
-def composed_method(model: str, option: str) -> DictConfig:
-    """What configs/method has for the model, under the name of `option`."""
-    return compose("run", overrides=[f"model={model}", f"method={option}"]).method
-
-
 def study(*overrides: str) -> Study:
     """What a command would do."""
     model = next((each.removeprefix("model=") for each in overrides if each.startswith("model=")), "flux-mini")
@@ -71,6 +65,7 @@ def command(tiny_pipe_folder, tmp_path, monkeypatch, capsys):
     def command(*arguments: str, tiny: bool = True) -> tuple[int, str, str]:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("HYDRA_FULL_ERROR", "")
+        monkeypatch.setattr("h2cache.eval.cli.experiments.compose", compose_once)
         own = [*arguments_for(tiny_pipe_folder), "launcher.workers=1"] if tiny else []
         monkeypatch.setattr(sys, "argv", ["eval", *own, *arguments])
         with pytest.raises(SystemExit) as exit:

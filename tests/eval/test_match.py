@@ -5,16 +5,16 @@ import pickle
 import shutil
 import sys
 from dataclasses import replace
-from functools import cache
+from functools import partial
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from composing import composed_method
 from hydra import compose, initialize_config_dir
 from measured import results, row
-from omegaconf import DictConfig
 from repository import REPOSITORY
 from rich.console import Console
 
@@ -80,14 +80,9 @@ def instead(field: str, value: str) -> list[str]:
     return [f"~experiments.matched.{field}", f"+experiments.matched.{field}={value}"]
 
 
-@cache
-def composed_method(option: str) -> DictConfig:
-    return compose("run", overrides=[f"method={option}"]).method
-
-
 def study(arguments: list[str]) -> Study:
     with initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
-        return read_study(compose("eval", overrides=arguments), "flux-mini", composed_method)
+        return read_study(compose("eval", overrides=arguments), "flux-mini", partial(composed_method, "flux-mini"))
 
 
 def found(arguments: list[str], model: str = "a model") -> dict[str, Tuning]:

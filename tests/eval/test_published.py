@@ -4,9 +4,10 @@ import csv
 import html
 import math
 import re
-from functools import cache
+from functools import partial
 
 import pytest
+from composing import composed_method
 from hydra import compose, initialize_config_dir
 from measured import results, row
 from repository import REPOSITORY
@@ -146,12 +147,8 @@ def studies() -> list[Study]:
     found = []
     with initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
         for model in ("flux-mini", "flux1-dev"):
-
-            @cache
-            def method(option: str, model: str = model):
-                return compose("run", overrides=[f"model={model}", f"method={option}"]).method
-
-            found.append(read_study(compose("eval", overrides=[f"model={model}"]), model, method))
+            cfg = compose("eval", overrides=[f"model={model}"])
+            found.append(read_study(cfg, model, partial(composed_method, model)))
     return found
 
 
