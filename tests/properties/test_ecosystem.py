@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -122,37 +123,45 @@ def image_prompt(seed: int, batch: int) -> list[Tensor]:
     ]
 
 
+def with_an_image_each(transformer: nn.Module, seed: int, batch: int) -> Tensor:
+    prompts = {"ip_hidden_states": image_prompt(100 + seed, batch)}
+    return denoise(transformer, seed=seed, batch=batch, steps=18, dtype=torch.float64, joint_attention_kwargs=prompts)
+
+
+@pytest.fixture(scope="module")
+def three_images() -> Tensor:
+    """What the model makes without a cache."""
+    return with_an_image_each(with_image_prompts(tiny_transformer()), 0, 3)
+
+
 @every_method
-def test_ip_adapter(config, transformer):
+def test_ip_adapter(config, transformer, three_images):
     """Each image of a batch keeps its own image prompt, also where only some of the batch are computed."""
     with_image_prompts(transformer)
-
-    def run(seed: int, batch: int) -> Tensor:
-        prompts = {"ip_hidden_states": image_prompt(100 + seed, batch)}
-        return denoise(
-            transformer, seed=seed, batch=batch, steps=18, dtype=torch.float64, joint_attention_kwargs=prompts
-        )
-
-    plain = run(0, 3)
     with h2cache.apply(transformer, never_hitting(config)):
-        assert torch.equal(run(0, 3), plain)
+        assert torch.equal(with_an_image_each(transformer, 0, 3), three_images)
     with h2cache.apply(transformer, config) as handle, attentions(transformer) as calls:
-        together = run(0, 3)
+        together = with_an_image_each(transformer, 0, 3)
         assert is_mixed(handle) and any(0 < rows < 3 for call in calls for rows in call) == measures(config)
         for sample in range(3):
-            torch.testing.assert_close(together[sample], run(sample, 1)[0], rtol=1e-9, atol=1e-9)
+            alone = with_an_image_each(transformer, sample, 1)
+            torch.testing.assert_close(together[sample], alone[0], rtol=1e-9, atol=1e-9)
 
 
 # --- dtypes ---------------------------------------------------------------------------------------------------------
+
+
+@cache
+def uncached(dtype: torch.dtype) -> Tensor:
+    return denoise(tiny_transformer().to(dtype), batch=2, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)  # the other tests are in float32
 @every_method
 def test_dtypes(config, dtype, transformer):
     transformer.to(dtype)
-    plain = denoise(transformer, batch=2, dtype=dtype)
     with h2cache.apply(transformer, never_hitting(config)):
-        assert torch.equal(denoise(transformer, batch=2, dtype=dtype), plain)
+        assert torch.equal(denoise(transformer, batch=2, dtype=dtype), uncached(dtype))
     with h2cache.apply(transformer, config) as handle:
         latents = denoise(transformer, batch=2, dtype=dtype)
         assert torch.equal(denoise(transformer, batch=2, dtype=dtype), latents)
@@ -161,13 +170,19 @@ def test_dtypes(config, dtype, transformer):
     assert handle.summary()["runs"] == 2
 
 
+@pytest.fixture(scope="module")
+def under_autocast() -> Tensor:
+    """What the model makes without a cache."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return denoise(tiny_transformer(), batch=3)
+
+
 @every_method
-def test_autocast(config, transformer):
+def test_autocast(config, transformer, under_autocast):
     """Blocks may then return another dtype than they were given."""
     with torch.autocast("cpu", torch.bfloat16):
-        plain = denoise(transformer, batch=3)
         with h2cache.apply(transformer, never_hitting(config)):
-            assert torch.equal(denoise(transformer, batch=3), plain)
+            assert torch.equal(denoise(transformer, batch=3), under_autocast)
         with h2cache.apply(transformer, config) as handle:
             assert denoise(transformer, batch=3, steps=16).isfinite().all()
     assert is_mixed(handle)

@@ -67,13 +67,12 @@ def test_branches_remember_apart(config, pipeline, tiny_pipe):
     with one_transformer_a_branch(tiny_pipe, kind, config) as (pipe, references):
         expected = picture(pipe, **options, **GUIDED)
     pipe = own_pipeline(tiny_pipe, kind)
-    plain = picture(pipe, **options, **GUIDED)
     with h2cache.apply(pipe, config) as handle:
         assert torch.equal(picture(pipe, **options, **GUIDED), expected)
     assert handle.summary()["runs"] == 1
     assert decisions(handle, "cond") == decisions(references[0], "cond")
     assert decisions(handle, "uncond") == decisions(references[1], "cond")  # alone, it is the first context of its run
-    assert is_mixed(handle) and not torch.equal(plain, expected)
+    assert is_mixed(handle)
     alike = decisions(handle, "cond") == decisions(handle, "uncond")
     assert alike != measures(config), "a schedule decides alike; else the test would not see branches mixed up"
 
