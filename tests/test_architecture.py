@@ -9,10 +9,11 @@ import logging
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import is_dataclass
+from functools import cache
 from pathlib import Path
 
-import pytest
 from repository import REPOSITORY
 
 import h2cache
@@ -23,14 +24,29 @@ EVAL = sorted((REPOSITORY / "eval").rglob("*.py"))
 ADAPTERS = REPOSITORY / "h2cache" / "adapters"
 
 
-def every(paths: list[Path]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("path", paths, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def every(paths: list[Path]) -> Callable[[Callable[[Path], None]], Callable[[], None]]:
+    """One test of a rule for all these files; where it fails, a note names the file."""
+
+    def of_all(rule: Callable[[Path], None]) -> Callable[[], None]:
+        def test() -> None:
+            assert paths
+            for path in paths:
+                try:
+                    rule(path)
+                except AssertionError as error:
+                    error.add_note(f"in {path.relative_to(REPOSITORY)}")
+                    raise
+
+        return test
+
+    return of_all
 
 
 every_engine_file = every(ENGINE)
 every_library_file = every(ENGINE + BASELINES)
 
 
+@cache
 def nodes(path: Path) -> list[ast.AST]:
     return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
 

@@ -61,7 +61,7 @@ def test_each_knob_moves_the_latents_alike(runs, fitted):
 def test_it_brings_images_nearer_that_it_did_not_learn_from(runs):
     """From the last outputs reused, which leave much to gain."""
     reused = Plan.reuse(STEPS, COMPUTED).weights
-    polished = polish(runs, COMPUTED, reused, 3, rounds=30)
+    polished = polish(runs, COMPUTED, reused, 3, rounds=20)
     before, after = (runs.decibels(followed(runs, each)) for each in (reused, polished))
     assert after[:2].mean() > before[:2].mean() + 1
     assert after[2:].mean() > before[2:].mean()
