@@ -47,7 +47,7 @@ FAMILIES = {
     diffusers.WanPipeline: "wan-a14b",
 }
 STEPS = 8
-SHORT = {"tries": 0, "rounds": 0}  # of a calibration
+SHORT = {"steps": STEPS, "height": 64, "width": 64, "tries": 0, "rounds": 0}  # of a calibration
 PROMPTS = [
     f'a {each} label that says "TEA" in white serif letters, on an orange brick wall' for each in ("green", "red")
 ]
@@ -125,11 +125,11 @@ def small(monkeypatch) -> None:
     def calibrated(pipe: Any, prompts: list[str], budget: float | None = None, **options: Any) -> Any:
         if "quality" in options:
             options["quality"] = h2cache.AtLeast(psnr=1, fraction=0.5, confidence=0.5)
-        return calibrate(pipe, prompts, budget, **{**options, "steps": STEPS, **SHORT})
+        return calibrate(pipe, prompts, budget, **{**options, **SHORT})
 
     class Recorded(h2cache.plans.Calibration):
         def __init__(self, *args: Any, **options: Any):
-            super().__init__(*args, **{**options, "steps": STEPS, **SHORT})
+            super().__init__(*args, **{**options, **SHORT})
 
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", classmethod(from_pretrained))
     monkeypatch.setattr(FluxPipeline, "__call__", few_steps)
