@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from .latents import Pool
 from .training import Average, Log, advance, cosine, resume, save, set_rate, stage_options
-from .transformer import attention, batch_at, compile_blocks, load, noise_levels, optimizers
+from .transformer import attention, batch_at, load, noise_levels, optimizers, speed_up_blocks
 
 GUIDANCE_RANGE = (1.0, 5.0)
 
@@ -28,8 +28,7 @@ def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int, d
     optims = optimizers(student.transformer, learning_rate)
     checkpoint = work / "distilled.pt"
     start = resume(checkpoint, model=student, average=average, optimizers=optims)
-    compile_blocks(teacher)
-    compile_blocks(student)
+    speed_up_blocks(teacher.transformer, student.transformer)
     log = Log(work / "distilled.csv", ("loss",), start)
     losses = []
     for step in range(start, steps):
@@ -41,15 +40,15 @@ def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int, d
         low, high = GUIDANCE_RANGE
         guidance = low + (high - low) * torch.rand(batch, generator=generator).to(device)
         x = torch.lerp(x0, noise, t[:, None, None])
-        with torch.autocast(device.type, torch.bfloat16):
-            with torch.no_grad():
+        with torch.no_grad():
+            with torch.autocast(device.type, torch.bfloat16):
                 states, pooled = teacher.encode(prompts)
                 empty = [part.expand(batch, *part.shape[1:]) for part in teacher.encode([""])]
-                conditional = teacher(x, t, torch.ones_like(t), states, pooled).float()
-                unconditional = teacher(x, t, torch.ones_like(t), *empty).float()
-                target = torch.lerp(unconditional, conditional, guidance[:, None, None])
-            velocity = student(x, t, guidance, states, pooled)
-        loss = F.mse_loss(velocity.float(), target)
+            conditional = teacher(x, t, torch.ones_like(t), states, pooled)
+            unconditional = teacher(x, t, torch.ones_like(t), *empty)
+            target = torch.lerp(unconditional, conditional, guidance[:, None, None])
+        velocity = student(x, t, guidance, states, pooled)
+        loss = F.mse_loss(velocity, target)
         loss.backward()
         advance(optims, trained)
         average.update()

@@ -131,10 +131,17 @@ def optimizers(model: torch.nn.Module, learning_rate: float) -> list[torch.optim
     ]
 
 
-def compile_blocks(model: torch.nn.Module) -> None:
-    """A third less time a step on a CPU."""
-    for block in (*model.transformer.transformer_blocks, *model.transformer.single_transformer_blocks):
-        block.compile()
+def speed_up_blocks(*transformers: torch.nn.Module) -> None:
+    """Compile the blocks, a third less time a step on a CPU, and let them alone compute in bfloat16.
+
+    What embeds the timestep and the guidance, and what gives the velocity, stays in float32: rounded to bfloat16 the
+    timesteps move an image as far as leaving out 2 of 50 Euler steps does.
+    """
+    for transformer in transformers:
+        autocast = torch.autocast(transformer.device.type, torch.bfloat16)
+        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+            block.forward = autocast(block.forward)
+            block.compile()
 
 
 def attention(device: torch.device) -> AbstractContextManager:
@@ -150,7 +157,7 @@ def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int, d
     average, optims = Average(trained), [*optimizers(model, learning_rate), torch.optim.AdamW(aid.parameters())]
     checkpoint = work / "transformer.pt"
     start = resume(checkpoint, model=model, aid=aid, average=average, optimizers=optims)
-    compile_blocks(model)
+    speed_up_blocks(model.transformer)
     log = Log(work / "transformer.csv", COLUMNS, start)
     totals = dict.fromkeys(COLUMNS, 0.0)
     since = start
@@ -163,9 +170,10 @@ def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int, d
         x = torch.lerp(x0, noise, t[:, None, None])
         with torch.autocast(device.type, torch.bfloat16):
             states, pooled = model.encode(examples.prompts)
-            velocity = model(x, t, torch.ones_like(t), states, pooled)
+        velocity = model(x, t, torch.ones_like(t), states, pooled)
+        with torch.autocast(device.type, torch.bfloat16):
             cell, place = aid(model.t5_ids(examples.prompts), states, examples.letters, maps)
-        error = (velocity.float() - (noise - x0)).square()
+        error = (velocity - (noise - x0)).square()
         flow = (spelling.token_weights(maps) * error).mean()
         (flow + spelling.CELL_LOSS * cell + spelling.PLACE_LOSS * place).backward()
         norm = advance(optims, trained)

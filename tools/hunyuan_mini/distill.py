@@ -10,7 +10,7 @@ import torch
 
 from tools.flux_mini.distill import GUIDANCE_RANGE
 from tools.flux_mini.training import Average, Log, advance, cosine, resume, save, set_rate, stage_options
-from tools.flux_mini.transformer import attention, compile_blocks, optimizers
+from tools.flux_mini.transformer import attention, optimizers, speed_up_blocks
 
 from .latents import Pool
 from .shape_aid import cell_weights
@@ -27,8 +27,7 @@ def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int, d
     optims = optimizers(student.transformer, learning_rate)
     checkpoint = work / "distilled.pt"
     start = resume(checkpoint, model=student, average=average, optimizers=optims)
-    compile_blocks(teacher)
-    compile_blocks(student)
+    speed_up_blocks(teacher.transformer, student.transformer)
     log = Log(work / "distilled.csv", ("loss",), start)
     losses = []
     for step in range(start, steps):
@@ -37,14 +36,14 @@ def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int, d
         x, t, _ = noised(examples, device)
         low, high = GUIDANCE_RANGE
         guidance = low + (high - low) * torch.rand(batch, generator=examples.generator).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
-            with torch.no_grad():
+        with torch.no_grad():
+            with torch.autocast(device.type, torch.bfloat16):
                 told = teacher.encode(examples.prompts)
                 untold = [part.expand(batch, *part.shape[1:]) for part in teacher.encode([""])]
-                conditional, unconditional = (teacher(x, t, torch.ones_like(t), *text) for text in (told, untold))
-                target = torch.lerp(unconditional.float(), conditional.float(), guidance[:, None, None, None, None])
-            velocity = student(x, t, guidance, *told)
-        loss = (cell_weights(examples.covered.to(device)) * (velocity.float() - target).square()).mean()
+            conditional, unconditional = (teacher(x, t, torch.ones_like(t), *text) for text in (told, untold))
+            target = torch.lerp(unconditional, conditional, guidance[:, None, None, None, None])
+        velocity = student(x, t, guidance, *told)
+        loss = (cell_weights(examples.covered.to(device)) * (velocity - target).square()).mean()
         loss.backward()
         advance(optims, trained)
         average.update()

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from h2cache.eval.metrics.motions import SHAPES
 from tools.flux_mini.text import build_clip
 from tools.flux_mini.training import Average, Log, advance, averaged, cosine, resume, save, set_rate, stage_options
-from tools.flux_mini.transformer import attention, compile_blocks, noise_levels, optimizers, start_as_identity
+from tools.flux_mini.transformer import attention, noise_levels, optimizers, speed_up_blocks, start_as_identity
 
 from . import shape_aid, text
 from .clips import caption
@@ -116,7 +116,7 @@ def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int, d
     average, optims = Average(trained), [*optimizers(model, learning_rate), torch.optim.AdamW(aid.parameters())]
     checkpoint = work / "transformer.pt"
     start = resume(checkpoint, model=model, aid=aid, average=average, optimizers=optims)
-    compile_blocks(model)
+    speed_up_blocks(model.transformer)
     log = Log(work / "transformer.csv", COLUMNS, start)
     totals, since = dict.fromkeys(COLUMNS, 0.0), start
     for step in range(start, steps):
@@ -126,9 +126,10 @@ def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int, d
         told = torch.tensor([bool(prompt) for prompt in examples.prompts], device=device)
         covered = examples.covered.to(device)
         with torch.autocast(device.type, torch.bfloat16):
-            velocity = model(x, t, torch.ones_like(t), *model.encode(examples.prompts))
-            cell = aid(told, covered, examples.shapes.to(device))
-        error = (velocity.float() - target).square()
+            states = model.encode(examples.prompts)
+        velocity = model(x, t, torch.ones_like(t), *states)
+        cell = aid(told, covered, examples.shapes.to(device))
+        error = (velocity - target).square()
         flow = (shape_aid.cell_weights(covered) * error).mean()
         (flow + shape_aid.CELL_LOSS * cell).backward()
         norm = advance(optims, trained)
