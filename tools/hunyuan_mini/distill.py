@@ -56,7 +56,7 @@ def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int, d
 
 
 def main() -> None:
-    options = stage_options(__doc__, steps=300, batch=32, learning_rate=5e-4)
+    options = stage_options(__doc__, steps=600, batch=32, learning_rate=5e-4)
     with attention(options.device):
         train(options.work, options.steps, options.batch, options.learning_rate, options.seed, options.device)
 

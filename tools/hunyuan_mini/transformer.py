@@ -150,7 +150,7 @@ def load(checkpoint: Path) -> Denoiser:
 
 
 def main() -> None:
-    options = stage_options(__doc__, steps=12700, batch=48, learning_rate=2e-3)
+    options = stage_options(__doc__, steps=18500, batch=48, learning_rate=2e-3)
     with attention(options.device):
         train(options.work, options.steps, options.batch, options.learning_rate, options.seed, options.device)
 
