@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from diffusers import FluxControlNetModel, FluxPipeline
 
 from tools.flux_mini.training import Average, Log, advance, resume, save, set_rate, stage_options
-from tools.flux_mini.transformer import TOKENS, attention
+from tools.flux_mini.transformer import TOKENS, attention, speed_up_blocks
 
 from .pool import Pool
 
