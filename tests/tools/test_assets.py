@@ -98,7 +98,7 @@ def test_what_is_made_from_something_out_of_date_is_as_well(copy, entries):
 
     asked = due(again=chosen(entries, "again", "teacache/flux-mini"))
     above = "made from teacache/flux-mini"
-    results = ("usual", "combine", "flux-mini-upscaler")
+    results = ("usual", "combine", "seeds", "flux-mini-upscaler")
     assert asked == {"teacache/flux-mini": "asked for"} | {f"results/{name}": above for name in results}
     (copy / "assets/flux-mini-upscaler/diffusion_pytorch_model.safetensors").write_text("new")
     assert list(due()) == [f"{part}/flux-mini-upscaler" for part in ("card", "plans", "results")]
