@@ -50,5 +50,5 @@ def row_of(name: str, task: Task, run: Run, whole: Run) -> tuple[str, ...]:
 
 
 def decibels(run: Run, whole: Run) -> str:
-    value = run.psnr(whole)
+    value = run.fidelity(whole)
     return "∞" if math.isinf(value) else f"{value:.2f} dB"

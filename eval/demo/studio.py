@@ -76,8 +76,8 @@ class Run:
         """The image; of a video its contact sheet."""
         return contact_sheet(self.drawing.frames) if self.drawing.is_video else self.drawing.image
 
-    def psnr(self, whole: "Run") -> float:
-        """In dB, over all pixels of the image or video."""
+    def fidelity(self, whole: "Run") -> float:
+        """PSNR in dB, over all pixels of the image or video."""
         return psnr(filmstrip(self.drawing.frames), filmstrip(whole.drawing.frames))
 
     def evaluations(self, whole: "Run") -> float:

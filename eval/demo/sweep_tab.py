@@ -55,7 +55,7 @@ def make(studio: Studio, task: list[Any], kept: gr.State) -> None:
                 pair = f"tau1 = {one:g}, tau2 = {two:g}"
                 run = studio.draw(wanted, base.updated(tau1=one, tau2=two), on_step=onto(progress, pair))
                 values[FEWER][i, j] = kept.run.calls / run.evaluations(kept.run)
-                values["PSNR, dB"][i, j] = run.psnr(kept.run)
+                values["PSNR, dB"][i, j] = run.fidelity(kept.run)
                 drawn = studio.heat_maps({"tau1": rows}, {"tau2": columns}, values)
                 words = f"{done} of {count} pairs, one picture each, {escape(in_words(wanted))}"
                 yield kept, words, drawn, pair, run.picture

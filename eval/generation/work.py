@@ -103,8 +103,9 @@ class WorkCounter:
             size.update(queries=0, keys=0)
 
         self._watch(attention, ended)
-        projections = {"to_q": queried, "add_q_proj": queried, "to_k": keyed, "add_k_proj": keyed}
-        for name, ran in (projections | dict.fromkeys(FUSED, joined)).items():
+        projections = dict.fromkeys(("to_q", "add_q_proj"), queried) | dict.fromkeys(FUSED, joined)
+        projections |= dict.fromkeys(("to_k", "add_k_proj", "to_kv", "to_added_kv"), keyed)
+        for name, ran in projections.items():
             layer = getattr(attention, name, None)
             if isinstance(layer, nn.Module):
                 self._watch(layer, ran)

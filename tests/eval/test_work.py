@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from diffusers import FluxPipeline, UNet2DConditionModel
-from families import FAMILIES
+from diffusers import UNet2DConditionModel
+from families import FAMILIES, family_named
 from families.base import family_pipe, generate
 from thorough import named, product
 from tiny import tiny_transformer
@@ -94,15 +94,17 @@ def test_it_counts_what_torch_counts_in_every_family(family, monkeypatch):
     assert 2 * work.multiply_adds == sum(flops)
 
 
-def test_fused_projections_count_as_separate_ones(tiny_pipe):
-    fused = copy.deepcopy(tiny_pipe.transformer)
-    fused.fuse_qkv_projections()
-    counts = []
-    for transformer in (tiny_pipe.transformer, fused):
-        pipe = FluxPipeline(**{**tiny_pipe.components, "transformer": transformer})
-        pipe.set_progress_bar_config(disable=True)
+@pytest.mark.parametrize("name", ["flux", "wan", "wan-i2v"])
+def test_fused_projections_count_as_separate_ones(name, monkeypatch):
+    family, pipe, counts = family_named(name), family_pipe(name), []
+    fused = copy.deepcopy(pipe.transformer)
+    for module in fused.modules():
+        if hasattr(module, "fuse_projections"):
+            module.fuse_projections()
+    for transformer in (pipe.transformer, fused):
+        monkeypatch.setattr(pipe, "transformer", transformer)
         with WorkCounter(pipe) as work:
-            pipe("a sign", generator=torch.manual_seed(0), **CALL)
+            generate(family, pipe)
         counts.append(work.multiply_adds)
     assert counts[0] == counts[1]
 

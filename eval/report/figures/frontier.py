@@ -64,9 +64,9 @@ class Frontier(FigureOutput):
         cached = [point for point in shown if point.method != BASELINE]
         if not cached:
             return None
-        looks = looks_of(results.frame["method"])
         everyone = list(dict.fromkeys(point.method for point in cached))
         methods = [method for method in everyone if self.named is None or method in self.named]
+        looks = looks_of(pd.Series([BASELINE, *methods]))  # those that are grey take no colour from the others
         overall = pareto(cached, gain, quality)
         width = COLUMN if len(methods) <= FEW else PAGE
         columns = max(1, int(width / (HANDLE + max(map(text_width, [*methods, "overall frontier"])))))
