@@ -131,7 +131,7 @@ def test_the_demo_shows_the_video_beside_the_uncached_one(folder):
     opened = studio.Studio.opened(overrides, threading.Lock())
     method = h2cache.H2CacheConfig(tau1=9, tau2=9)  # with another seed, as no training makes all steps alike
     whole, cached = opened.draw(studio.Task(PROMPTS[0], 0, 2)), opened.draw(studio.Task(PROMPTS[0], 1, 2), method)
-    assert math.isinf(whole.psnr(whole)) and math.isfinite(cached.psnr(whole))
+    assert math.isinf(whole.fidelity(whole)) and math.isfinite(cached.fidelity(whole))
     assert opened.decisions(cached).width
     times = 256 // SIZE
     beside, single = (frames_of(studio.film(8, cached, reference)) for reference in (whole, None))
