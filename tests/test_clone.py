@@ -5,7 +5,7 @@ import sys
 
 from repository import REPOSITORY
 
-IMPORTS = ["baselines.teacache", "eval.report", "h2cache", "h2cache.baselines.teacache"]
+IMPORTS = ["baselines.teacache", "eval.report", "h2cache.baselines.teacache"]
 PROGRAM = """
 import importlib, os, sys
 import torch  # once, before the copies of this process that import ours, each another module first

@@ -87,7 +87,7 @@ def test_pictures_of_one_call(config, tiny_pipe):
     prompts = ["a red stop sign", "a blue shirt", "a label that says so"]
     tiny_pipe.transformer.double()
     try:
-        cast = dict(steps=16, joint_attention_kwargs={})
+        cast = dict(steps=11, joint_attention_kwargs={})
         with h2cache.apply(tiny_pipe, config) as handle, doubled(tiny_pipe.transformer):
             together = picture(tiny_pipe, prompts, seed=4, **cast)
             assert is_mixed(handle) and splits_as_it_should(config, handle, at_least=1)
@@ -103,10 +103,10 @@ def test_several_images_of_one_prompt(config, tiny_pipe):
     tiny_pipe.transformer.double()
     try:
         with h2cache.apply(tiny_pipe, config) as handle, doubled(tiny_pipe.transformer):
-            together = picture(tiny_pipe, "a label", seed=2, steps=20, num_images_per_prompt=4)
+            together = picture(tiny_pipe, "a label", seed=2, steps=12, num_images_per_prompt=4)
             assert is_mixed(handle)
             for number in range(4):
-                single = picture(tiny_pipe, "a label", seed=2 + number, steps=20)
+                single = picture(tiny_pipe, "a label", seed=2 + number, steps=12)
                 torch.testing.assert_close(together[number], single[0], rtol=1e-4, atol=1e-4)
     finally:
         tiny_pipe.transformer.float()
@@ -222,7 +222,7 @@ def test_a_schedule_decides_once_for_the_whole_batch(config, transformer):
     images = []
     for decision in ("sample", "mean"):
         with h2cache.apply(transformer, config.updated(batch_decision=decision)) as handle:
-            images.append(denoise(transformer, batch=BATCH, steps=14))
+            images.append(denoise(transformer, batch=BATCH, steps=10))
         assert is_mixed(handle) and partial_steps(handle.trace) == 0
         assert all(decided(handle, sample) == decided(handle, 0) for sample in range(BATCH))
     assert torch.equal(*images)
@@ -242,7 +242,7 @@ def test_mean_and_sample_agree_on_a_single_image(config, transformer):
 def test_mean_computes_all_or_none(config, transformer):
     config = config.updated(batch_decision="mean")
     with h2cache.apply(transformer, config), attentions(transformer) as calls:
-        denoise(transformer, batch=BATCH, steps=20)
+        denoise(transformer, batch=BATCH, steps=12)
     assert {rows for call in calls for rows in call} == {0, BATCH}
 
 
@@ -275,6 +275,6 @@ def test_samples_do_miss_at_different_steps(transformer):
     """What the tests above rely on."""
     config: CacheConfig = METHODS[0].values[0]
     with h2cache.apply(transformer, config) as handle:
-        denoise(transformer, batch=BATCH, steps=20)
+        denoise(transformer, batch=BATCH, steps=12)
     patterns = [tuple(decision.skips for _, _, decision, _ in decided(handle, sample)) for sample in range(BATCH)]
     assert all(a != b for a, b in pairwise(patterns))

@@ -52,14 +52,14 @@ def test_compiled_blocks(config, when, transformer, graphs):
     """The blocks are compiled and the decisions are not: the same images, and later steps compile nothing again."""
     requests = [dict(), dict(batch=3), dict(batch=3, seed=5), dict()]
     with h2cache.apply(transformer, config):
-        expected = [denoise(transformer, steps=20, **request) for request in requests]
+        expected = [denoise(transformer, steps=12, **request) for request in requests]
 
     torch._dynamo.reset()
     counter, counts = CompileCounter(), []
     change = partial(transformer.compile_repeated_blocks, backend=counter, fullgraph=True)
     with cached(transformer, config, when, change) as handle:
         for request, latents in zip(requests, expected, strict=True):
-            torch.testing.assert_close(denoise(transformer, steps=20, **request), latents, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(denoise(transformer, steps=12, **request), latents, rtol=1e-4, atol=1e-4)
             counts.append(counter.frame_count)
         assert is_mixed(handle)
     if skips_modules(config):
@@ -78,7 +78,7 @@ def test_blocks_compiled_one_by_one_in_their_list(config, when):
     """`blocks[i] = torch.compile(blocks[i])` puts another module in the block's place."""
     transformer = tiny_transformer(double=1, single=2)
     with h2cache.apply(transformer, config):
-        expected = denoise(transformer)
+        expected = denoise(transformer, steps=12)
     torch._dynamo.reset()
 
     def compile_blocks() -> None:
@@ -87,7 +87,7 @@ def test_blocks_compiled_one_by_one_in_their_list(config, when):
                 blocks[index] = torch.compile(block, backend="eager")
 
     with cached(transformer, config, when, compile_blocks) as handle:
-        torch.testing.assert_close(denoise(transformer), expected)
+        torch.testing.assert_close(denoise(transformer, steps=12), expected)
         assert is_mixed(handle)
 
 

@@ -115,7 +115,7 @@ def test_two_pipelines_in_two_threads_on_two_transformers(config, tiny_pipe):
 @every_method
 def test_a_thread_that_fails_leaves_the_other_alone(config, tiny_pipe):
     pipes = [own_pipeline(tiny_pipe), own_pipeline(tiny_pipe)]
-    expected = alone(pipes[1], config, steps=20)
+    expected = alone(pipes[1], config, steps=12)
     failed = threading.Event()
 
     def wait(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def test_a_thread_that_fails_leaves_the_other_alone(config, tiny_pipe):
         failed.set()
 
     with h2cache.apply(tiny_pipe, config):
-        _, drawn = in_threads(fail, lambda: picture(pipes[1], steps=20, callback_on_step_end=wait))
+        _, drawn = in_threads(fail, lambda: picture(pipes[1], steps=12, callback_on_step_end=wait))
     assert torch.equal(drawn, expected)
 
 

@@ -21,8 +21,8 @@ MASK = (torch.arange(64) < 32).float().expand(1, 1, 64, 64)
 # FluxPipeline names its branches by diffusers' cache_context; the others do not.
 PIPELINES = {
     "text-to-image": (FluxPipeline, {}),
-    "image-to-image": (FluxImg2ImgPipeline, dict(image=IMAGE, strength=0.7, steps=16)),
-    "inpaint": (FluxInpaintPipeline, dict(image=IMAGE, mask_image=MASK, strength=0.7, steps=16)),
+    "image-to-image": (FluxImg2ImgPipeline, dict(image=IMAGE, strength=0.7, steps=11)),
+    "inpaint": (FluxInpaintPipeline, dict(image=IMAGE, mask_image=MASK, strength=0.7, steps=11)),
     "kontext": (FluxKontextPipeline, dict(image=IMAGE, _auto_resize=False, max_area=64 * 64)),
 }
 every_method_and_pipeline = every_method_once("pipeline", PIPELINES, most="image-to-image")

@@ -38,20 +38,20 @@ def break_off_inside(pipe: Any, error: type[BaseException], part: str, call: int
     hook = transformer.get_submodule(part).register_forward_pre_hook(fail)
     try:
         with before_each_call(transformer, lambda: calls.append(1)), pytest.raises(error) as caught:
-            picture(pipe, "a green label", seed=5, steps=20)
+            picture(pipe, "a green label", seed=5, steps=12)
     finally:
         hook.remove()
     return caught.value
 
 
-def ask_pipeline_to_stop(pipe: Any) -> None:
+def ask_pipeline_to_stop(pipe: Any, **options: Any) -> None:
     """diffusers' own way: the flag that makes a pipeline leave out its remaining steps."""
 
     def stop(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         pipe._interrupt = step >= 4
         return tensors
 
-    picture(pipe, seed=5, callback_on_step_end=stop)
+    picture(pipe, seed=5, callback_on_step_end=stop, **options)
 
 
 def break_off_and_make_image_to_image(pipe: Any) -> None:
@@ -78,7 +78,7 @@ DISTURBANCES: dict[str, Callable[[Any], Any]] = {
     "other-batch": lambda pipe: picture(pipe, ["a red stop sign", "a blue shirt", "a label"]),
     "other-number-of-images": lambda pipe: picture(pipe, num_images_per_prompt=2),
     "fewer-steps": lambda pipe: picture(pipe, steps=3),
-    "more-steps": lambda pipe: picture(pipe, steps=25),
+    "more-steps": lambda pipe: picture(pipe, steps=14),
     "other-guidance": lambda pipe: picture(pipe, guidance_scale=7.0),
     "true-cfg": lambda pipe: picture(pipe, negative_prompt="blurry", true_cfg_scale=3.0),
     "image-to-image": break_off_and_make_image_to_image,
@@ -142,7 +142,7 @@ def test_a_session_on_flux_mini(config, flux_mini):
 def test_image_to_image_after_a_run_that_broke_off(config, tiny_pipe):
     """Its first timestep is lower than the last one of the aborted run, so time alone does not tell them apart."""
     img2img = own_pipeline(tiny_pipe, FluxImg2ImgPipeline)
-    request = dict(image=torch.linspace(0, 1, 64).expand(1, 3, 64, 64), strength=0.6, steps=20)
+    request = dict(image=torch.linspace(0, 1, 64).expand(1, 3, 64, 64), strength=0.6, steps=12)
     expected = alone(img2img, config, **request)
     with h2cache.apply(tiny_pipe, config) as handle:
         kept = break_off_between_steps(tiny_pipe, Interruption)
@@ -196,7 +196,7 @@ def test_runs_of_few_steps(config, steps, tiny_pipe):
 @every_method
 def test_loop_that_keeps_its_position_ids(config, transformer, where_timesteps_live):
     """The object that names a run is here the same for all of them; that time starts over shows where one begins."""
-    requests = [dict(seed=0), dict(seed=1), dict(seed=0, steps=5), dict(seed=2, steps=16)]
+    requests = [dict(seed=0), dict(seed=1), dict(seed=0, steps=5), dict(seed=2, steps=11)]
     expected = []
     for request in requests:
         with h2cache.apply(transformer, config):
@@ -218,7 +218,7 @@ def test_loop_that_keeps_its_position_ids_and_its_prompt(config, transformer, wh
     def same_prompt(step: int, call: dict[str, Any]) -> None:
         call.update(encoder_hidden_states=prompt, pooled_projections=pooled)
 
-    requests = [dict(seed=0), dict(seed=1), dict(seed=0, steps=5), dict(seed=2, steps=16)]
+    requests = [dict(seed=0), dict(seed=1), dict(seed=0, steps=5), dict(seed=2, steps=11)]
     expected = []
     for request in requests:
         with h2cache.apply(transformer, config):
@@ -296,7 +296,7 @@ def test_steps_too_close_for_the_dtype_are_still_one_run(config, tiny_pipe_folde
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, base_shift=3.2)
     pipe.set_progress_bar_config(disable=True)
     with h2cache.apply(pipe, config) as handle:
-        picture(pipe, steps=50)
+        ask_pipeline_to_stop(pipe, steps=50)
     assert next(float(row.timestep) for row in handle.trace if row.step == 1) == 1000
     assert handle.summary()["runs"] == 1
     warmup = len(config.compose()) * warmup_steps(config)
