@@ -7,10 +7,15 @@ from typing import Any
 from h2cache.eval.errors import NotInstalled, UserError
 
 
-def made(place: str, config: Any) -> Any:
+def made(place: str, config: Any, method: str | None = None) -> Any:
     """The object that a configuration with a `_target_` describes, as Hydra makes it of plain values.
 
     Not by Hydra's `instantiate`, with which the hundreds of settings of a study took most of the time to read it.
+
+    Args:
+        place: where the configuration is written, for a sentence about it.
+        config: a mapping with a `_target_`.
+        method: what the object must be able to do, such as "make"; None: it may be anything.
     """
     if not isinstance(config, Mapping) or "_target_" not in config:
         raise UserError(f"{place}: {config!r} is not allowed: it must be a mapping with a _target_")
@@ -21,11 +26,15 @@ def made(place: str, config: Any) -> Any:
         raise UserError(f"{place}: there is no {target}{_beside(target)}") from error
     fields = {name: _value(place, value) for name, value in config.items() if name != "_target_"}
     try:
-        return kind(**fields)
+        described = kind(**fields)
     except NotInstalled:
         raise
     except Exception as error:  # whatever a class, which may be anybody's, raises for what is written
-        raise UserError(f"{place}: {str(error).split(chr(10))[0]}") from error
+        why = str(error).split("\n")[0] or f"{target} raises {type(error).__name__}"
+        raise UserError(f"{place}: {why}") from error
+    if method and not callable(getattr(described, method, None)):
+        raise UserError(f"{place}: {target} is not allowed: it must be a class with a method {method}()")
+    return described
 
 
 def _value(place: str, value: Any) -> Any:

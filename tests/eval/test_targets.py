@@ -28,3 +28,18 @@ def test_a_wrong_class_is_one_sentence_that_ends(target, words, caplog):
         made("table1: outputs", {"_target_": target})
     assert words in str(error.value) and not str(error.value).endswith(":")
     assert caplog.records == []
+
+
+def test_a_class_that_cannot_do_what_it_is_for_is_refused():
+    assert made("here", {"_target_": "h2cache.eval.report.tables.SummaryTable", "title": "All"}, "make").title == "All"
+    with pytest.raises(UserError, match=r"^table1: outputs: .*OrderedDict is not allowed: it must be .* make\(\)$"):
+        made("table1: outputs", {"_target_": "collections.OrderedDict"}, "make")
+
+
+def test_an_error_without_words_is_named():
+    with pytest.raises(UserError, match=r"^here: .*refuses raises AssertionError$"):
+        made("here", {"_target_": f"{__name__}.refuses"})
+
+
+def refuses() -> None:
+    raise AssertionError
