@@ -17,24 +17,27 @@ empty/bin/pip install --quiet dist/*.whl
 empty/bin/h2cache --version
 empty/bin/h2cache --help > /dev/null
 empty/bin/h2cache doctor
+# README.md's Python block, on a pipeline of flux-mini's shape with random weights: the trained ones are not in the wheel.
+mkdir -p assets
+cp -r source/assets/flux-mini source/assets/plans assets
+find assets/flux-mini -name '*.safetensors' -delete
+sed '/^```python$/,/^```$/!d' source/README.md | sed '/^```/d' > readme.py
 empty/bin/python - << 'PYTHON'
-import torch
-from diffusers import FluxTransformer2DModel
+import runpy
+
+import diffusers
+import transformers
 
 import h2cache
 from h2cache.baselines import TeaCacheConfig
 
-transformer = FluxTransformer2DModel(
-    in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-    joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8),
-)  # fmt: skip
-latents = torch.randn(1, 16, 4, generator=torch.Generator().manual_seed(0))
-prompt = {"encoder_hidden_states": torch.ones(1, 8, 32), "pooled_projections": torch.ones(1, 32)}
-ids = {"img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(8, 3)}
-with h2cache.apply(transformer, h2cache.H2CacheConfig(tau1=9.0, tau2=9.0)) as handle, torch.no_grad():
-    for step in range(4):
-        transformer(latents, timestep=torch.tensor([1 - step / 4]), **prompt, **ids)
-assert handle.summary()["steps"] == 4
-assert handle.summary()["stages"]["structure"]["hit"] > 0
-print(handle, TeaCacheConfig.__module__)
+folder = "assets/flux-mini"
+for name, kind in {"transformer": diffusers.FluxTransformer2DModel, "vae": diffusers.AutoencoderKL}.items():
+    kind.from_config(kind.load_config(folder, subfolder=name)).save_pretrained(f"{folder}/{name}")
+for name, kind in {"text_encoder": transformers.CLIPTextModel, "text_encoder_2": transformers.T5EncoderModel}.items():
+    kind(kind.config_class.from_pretrained(folder, subfolder=name)).save_pretrained(f"{folder}/{name}")
+made = runpy.run_path("readme.py")
+assert "site-packages" in h2cache.__file__, h2cache.__file__
+assert made["handle"].summary()["steps"] == 50 and made["image"].size == (128, 128)
+print(made["handle"], made["plan"], TeaCacheConfig.__module__)
 PYTHON
