@@ -80,6 +80,11 @@ def test_the_version_is_in_the_changelog():
     )
 
 
+@pytest.mark.parametrize("name", ["pyproject.toml", "CITATION.cff", "docs/cite.md"])
+def test_the_version_is_written_in_one_place(name):
+    assert h2cache.__version__ not in (REPOSITORY / name).read_text(encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an installation of the wheel, made from a copy of the tracked files, without a package index."""
