@@ -3,6 +3,7 @@
 import base64
 import math
 import re
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from urllib.parse import unquote
@@ -19,6 +20,7 @@ from h2cache.eval.models.pipelines import DiffusersModelConfig
 from h2cache.eval.report import page
 from h2cache.eval.report.figures import Frontier, HeatMap
 from h2cache.eval.report.results import BASELINE, Artifact
+from h2cache.eval.report.tables import SummaryTable
 from h2cache.eval.report.tables.sheet import Sheet
 from h2cache.eval.report.webtable import web_table
 
@@ -385,6 +387,19 @@ def test_the_policy_stops_what_slips_through(opened):
 def test_unavailable_metrics_say_why(opened):
     told = opened().locator("#experiment-1 .unavailable").inner_text()
     assert "clipiqa" in told and "its weights cannot be fetched" in told
+
+
+def test_a_reason_is_there_once_for_all_metrics_and_tables(tmp_path):
+    reason = "there is no network"
+    measured = grid(tmp_path)
+    frame = measured.frame.assign(lpips=math.nan)
+    lacking = dict.fromkeys(["clipiqa", "lpips"], reason)
+    measured = replace(measured, frame=frame, metrics=("psnr", *lacking), unavailable=lacking)
+    made = SummaryTable().make(measured, tmp_path)
+    page.write([(measured, [made])], ENVIRONMENT, tmp_path / "report.html")
+    written = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert written.count(reason) == 1 and "<strong>clipiqa, lpips</strong>" in written
+    assert all(reason in file.read_text(encoding="utf-8") for file in made.files if file.suffix in (".md", ".tex"))
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -105,10 +105,10 @@ class GridTable:
         body = [(str(row), *(texts.get((row, column), MEANINGLESS) for column in columns)) for row in rows]
         title = self.title or f"{results.title}: {LABELS.get(self.value) or quantity.label}"
         what = f"Rows: {self.rows}; columns: {self.columns}."
-        notes = [what, f"{means_over(results, measured)}."]
-        if self.value in results.unavailable:
-            notes.append(f"n/a: {quantity.label} ({results.unavailable[self.value]}).")
-        return Sheet(title, header, tuple(body), (*notes, *notes_on_failures(measured, places.values())))
+        notes = (what, f"{means_over(results, measured)}.", *notes_on_failures(measured, places.values()))
+        reason = results.unavailable.get(self.value)
+        reasons = (f"n/a: {quantity.label} ({reason}).",) if reason else ()
+        return Sheet(title, header, tuple(body), notes, reasons=reasons)
 
     def _data(
         self,

@@ -28,8 +28,9 @@ LATEX_SPECIAL = {
 
 @dataclass(frozen=True)
 class Sheet:
-    """What a table shows: rows of cells; `notes` are sentences under it.
+    """What a table shows: rows of cells; `notes` are sentences under it, and `reasons` those on metrics that are n/a.
 
+    The page has one list of all such reasons, so that they are in the table's files but not in its caption.
     Columns are right-aligned but for those of `words`, the first unless more are given.
     """
 
@@ -38,6 +39,7 @@ class Sheet:
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...]
     words: tuple[int, ...] = (0,)
+    reasons: tuple[str, ...] = ()
 
     def _aligned(self, left: str, right: str) -> list[str]:
         """One of the two for each column."""
@@ -49,13 +51,13 @@ class Sheet:
         lines = [" | ".join(map(_markdown, lines[0])), "|".join(lines[1])]
         lines += [" | ".join(map(_markdown, row)) for row in self.rows]
         lines = [f"| {lines[0]} |", f"|{lines[1]}|", *(f"| {line} |" for line in lines[2:])]
-        notes = "\n".join(f"- {_markdown(note)}" for note in self.notes)
+        notes = "\n".join(f"- {_markdown(note)}" for note in (*self.notes, *self.reasons))
         return "\n".join([f"### {_markdown(self.title)}", "", *lines, "", notes, ""])
 
     def to_latex(self, label: str) -> str:
         """A `table` for a document with \\usepackage{booktabs} and \\usepackage[T1]{fontenc}."""
         rows = [" & ".join(map(_latex, row)) + r" \\" for row in self.rows]
-        caption = " ".join([self.title.rstrip(".") + ".", *self.notes])
+        caption = " ".join([self.title.rstrip(".") + ".", *self.notes, *self.reasons])
         # Several columns of words would be wider than a page: their lines break.
         text = "l" if len(self.words) == 1 else rf"p{{{1 / len(self.header):.2f}\textwidth}}"
         lines = [

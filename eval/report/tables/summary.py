@@ -89,7 +89,10 @@ class SummaryTable:
             if stages:
                 cells.append(_hits(measured, setting, stages))
             rows.append((setting, *cells))
-        return Sheet(self.title or results.title, tuple(header), tuple(rows), tuple(self._notes(results, measured)))
+        shown = results.metrics if self.metrics is None else self.metrics
+        reasons = tuple(_reasons(results, (*shown, *results.set_metrics)))
+        notes = tuple(self._notes(results, measured, shown))
+        return Sheet(self.title or results.title, tuple(header), tuple(rows), notes, reasons=reasons)
 
     def _data(self, results: Results, measured: Measured) -> pd.DataFrame:
         """Everything that is known, a row a setting."""
@@ -120,13 +123,12 @@ class SummaryTable:
         memory = [MEMORY] if results.frame["peak_memory_bytes"].notna().any() else []
         return [TIMES[self.time], *map(metric, shown), EVALUATIONS, *memory]
 
-    def _notes(self, results: Results, measured: Measured) -> list[str]:
+    def _notes(self, results: Results, measured: Measured, shown: Sequence[str]) -> list[str]:
         what = "with text encoding and VAE" if self.time == "end_to_end" else "of denoising alone"
         notes = [f"{means_over(results, measured)}; time is {what}."]
         if BASELINE in measured.groups:
             notes.append("In brackets: against the baseline, over the same prompts.")
         notes.append("Evaluations: the multiply-adds that ran, in whole evaluations of the model.")
-        shown = results.metrics if self.metrics is None else self.metrics
         notes += [compared_with(results, shown)] if any(kind(name).needs_reference for name in shown) else []
         if results.set_scores:
             names = ", ".join(set_metric(name).label for name in results.set_scores)
@@ -135,7 +137,7 @@ class SummaryTable:
                 "the 95 % interval over resampled prompts."
             )
         notes += [f"Left out: {name} ({reason})." for name, reason in results.left_out.items()]
-        return notes + _reasons(results, (*shown, *results.set_metrics)) + notes_on_failures(measured, measured)
+        return notes + notes_on_failures(measured, measured)
 
 
 def means_over(results: Results, measured: Measured) -> str:
