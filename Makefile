@@ -4,6 +4,7 @@
 # make test-demo                             run the demo's tests in a browser; installs gradio
 # make lint
 # make package                               build the wheel and try it in an empty environment; needs a package index
+# make test-lowest                          run the tests with the lowest versions that the requirements files allow
 # make docs                                  build the docs site into site/, strictly
 # make assets [ARGS='again=[plans]']         make anew what depends on the embedded models' weights (CONTRIBUTING.md)
 # make demo [ARGS='--port 8080']             serve the page to try it on, at 127.0.0.1; the arguments are h2cache demo's
@@ -20,7 +21,7 @@ ARGS ?=
 WORKERS ?= 2
 OLD := 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is too old: make PYTHON=python3.11 or newer")'
 
-.PHONY: run test test-thorough test-demo lint docs assets demo package
+.PHONY: run test test-thorough test-demo test-lowest lint docs assets demo package
 
 run: $(VENV)/run.stamp
 	$(BIN)/python run.py $(ARGS)
@@ -42,6 +43,9 @@ lint: $(VENV)/dev.stamp
 
 package:
 	bash tools/try_package.sh
+
+test-lowest:
+	bash tools/try_lowest.sh
 
 docs: $(VENV)/dev.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

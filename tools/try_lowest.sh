@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# bash tools/try_lowest.sh [FOLDER] [PYTEST ARGUMENTS]: the tests with the lowest version of each package that the requirements
+# files allow, in an environment in FOLDER (default: a scratch one). It needs a package index and about 6 GB.
+set -euo pipefail
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+folder=${1:-$(mktemp -d)}
+files=(requirements.txt requirements-eval.txt requirements-docs.txt requirements-dev.txt)
+
+"${PYTHON:-python3}" -m venv --clear "$folder/lowest"
+# Of torch>=2.11, the versions 2.11.*: the first of all may have been withdrawn.
+sed -nE 's/^([a-z][a-z0-9-]*)(\[[a-z]+\])?>=([0-9.]+).*/\1==\3.*/p' "${files[@]}" > "$folder/lowest.txt"
+"$folder/lowest/bin/pip" install --quiet -r requirements-dev.txt -c "$folder/lowest.txt"
+"$folder/lowest/bin/python" -m pytest -n 2 -m "not thorough" "${@:2}"
