@@ -52,7 +52,9 @@ def make(studio: Studio, task: list[Any], kept: gr.State) -> None:
                 yield kept, _shown(studio, run), drawn, None, None
             kept = baseline(studio, kept, wanted, progress)
             both, numbers = _shown(studio, run, kept.run), facts_of(wanted, run, kept.run)
-            yield kept, both, numbers, studio.decisions(run), difference_map(run.picture, kept.run.picture)
+            apart = difference_map(run.picture, kept.run.picture)
+            yield kept, both, numbers, gr.skip(), apart  # the timeline takes a moment that the picture need not wait
+            yield kept, both, numbers, studio.decisions(run), apart
 
     with fields:
 

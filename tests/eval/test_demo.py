@@ -149,6 +149,11 @@ def wait_for_facts(page, words: str) -> None:
     page.locator(".facts", has_text=words).first.wait_for(timeout=30_000)
 
 
+def wait_until_drawn(page) -> None:
+    """The difference and, last of all, the timeline are there."""
+    page.locator(".picture:visible img").nth(1).wait_for(timeout=30_000)
+
+
 def pixels(page, url: str) -> bytes:
     return page.request.get(url).body()
 
@@ -159,12 +164,13 @@ def headline(page) -> str:
 
 def turn(page, field: str, value: str) -> None:
     """Moves a field's slider by its number, and waits until the other picture is there."""
-    told = headline(page)
+    before = [headline(page), images(page)[1]]
     box = page.get_by_label(f"number input for {field}")
     box.fill(value)
     box.press("Tab")
-    page.wait_for_function("told => document.querySelector('.headline').innerText !== told", arg=told, timeout=30_000)
-    page.wait_for_timeout(500)
+    changed = """([told, source]) => document.querySelector('.headline').innerText !== told
+        && document.querySelectorAll('.pair img')[1].getAttribute('src') !== source"""
+    page.wait_for_function(changed, arg=before, timeout=30_000)
 
 
 def test_only_this_machine_can_open_it_unless_told_otherwise(address):
@@ -179,7 +185,7 @@ def test_only_this_machine_can_open_it_unless_told_otherwise(address):
 def test_a_slider_that_is_moved_changes_the_cached_picture_alone(visit):
     page = visit()
     draw(page)
-    wait_for_facts(page, "evaluations of the model")
+    wait_until_drawn(page)
     before = [pixels(page, url) for url in images(page)]
     turn(page, "tau2", "0.5")
     after = [pixels(page, url) for url in images(page)]
@@ -226,8 +232,7 @@ def test_two_visitors_at_once_see_their_own_pictures(visit):
         draw(page)
     for page, prompt in zip(pages, prompts, strict=True):
         wait_for_facts(page, prompt)
-        wait_for_facts(page, "likeness")
-        page.wait_for_timeout(500)
+        wait_until_drawn(page)
     first, second = ({pixels(page, url) for url in images(page)} for page in pages)
     assert first.isdisjoint(second)
     assert prompts[1] not in pages[0].locator(".facts").first.inner_text()
