@@ -148,7 +148,7 @@ def train(work: Path, steps: int, batch: int, learning_rate: float, seed: int, d
 
 
 def main() -> None:
-    options = stage_options(__doc__, steps=5000, batch=16, learning_rate=1.5e-3)
+    options = stage_options(__doc__, steps=10000, batch=16, learning_rate=1.5e-3)
     with attention(options.device):
         train(options.work, options.steps, options.batch, options.learning_rate, options.seed, options.device)
 
