@@ -38,6 +38,7 @@ def test_the_budget_is_kept_and_the_conditions_are_noted(tiny_pipe, plan):
     assert (made_for.steps, made_for.guidance, made_for.image_tokens) == (STEPS, 3.5, 8)
     assert made_for.model.startswith("FluxTransformer2DModel") and '"shift": 3.0' in made_for.scheduler
     assert made_for.sigmas == pytest.approx(tiny_pipe.scheduler.sigmas[:-1].tolist(), rel=1e-3)
+    assert all(sigma == float(f"{sigma:.6g}") for sigma in made_for.sigmas), "more digits than a file needs"
     assert len(calibrated(tiny_pipe, budget=2.4).computed) == 3  # of 9 steps at most 3.75
 
 

@@ -1,8 +1,10 @@
 """The conditions of a run: where two of them differ, and how models and schedulers are told apart."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny import tiny_transformer
 
@@ -61,3 +63,4 @@ def test_a_scheduler_is_described_by_its_class_and_settings_without_the_library_
     loaded = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path)
     assert described(loaded) == described(FlowMatchEulerDiscreteScheduler(shift=3.0))
     assert '"shift": 3.0' in described(loaded) and "_diffusers_version" not in described(loaded)
+    assert "torch.float16" in described(SimpleNamespace(config={"dtype": torch.float16})), "what JSON does not know"

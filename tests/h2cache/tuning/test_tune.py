@@ -62,7 +62,7 @@ def test_a_speedup_is_reached_with_the_best_images_that_were_tried(tiny_pipe, me
     assert (found.best.psnr, found.best.computed_fraction) == pytest.approx(measured(tiny_pipe, found.config))
 
 
-@pytest.mark.parametrize("method", METHODS[::2])  # a target is the same to all; knobs are two thresholds, one, an interval
+@pytest.mark.parametrize("method", METHODS[::2])  # a target is the same to all; two thresholds, one, an interval
 def test_a_psnr_is_reached_as_fast_as_any_that_were_tried(tiny_pipe, method):
     asked = measured(tiny_pipe, method.updated(**{name: 3 if name == "interval" else 0.3 for name in knobs_of(method)}))
     found = h2cache.tune(tiny_pipe, PROMPTS, method, Psnr(asked[0] - 0.01), trials=3, **CALL)
