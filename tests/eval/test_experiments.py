@@ -35,8 +35,8 @@ from h2cache.eval.models.weights import Weights
 
 OF_PICTURES = {"superresolution"}  # what needs a model that is given pictures, and is not done unasked
 OF_VIDEOS = {"video"}  # likewise of a model that makes videos
-# 344 images of the baseline; four images of every prompt; layers that torchao has to be there for
-ASKED_FOR = OF_PICTURES | OF_VIDEOS | {"combine", "promise", "seeds"}
+# 344 images of the baseline; four images of every prompt; layers that torchao has to be there for; runs of 30 steps
+ASKED_FOR = OF_PICTURES | OF_VIDEOS | {"combine", "fewer_steps", "promise", "seeds"}
 SHIPPED = sorted({path.stem for path in (REPOSITORY / "configs/experiment").iterdir()} - ASKED_FOR)
 CALL = {"height": 32, "width": 32, "num_inference_steps": 4, "max_sequence_length": 24}
 # A small experiment: the settings of one, without outputs that are tested elsewhere.
