@@ -38,7 +38,7 @@ def test_the_counters_count(transformer):
         number.item(), float(number), bool(number), number.nonzero(), torch.equal(number, number)
         number * 2, number[:1], torch.cat([number, number])
     assert (functions.count, scalars.count) == (4, 5)
-    assert waits_by_step(transformer, None)[0] == [0] * 9
+    assert waits_by_step(transformer, None)[0] == [0] * 8
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -18,7 +18,7 @@ def denoise(transformer: FluxTransformer2DModel, **options: Any) -> Tensor:
 def denoising(
     transformer: FluxTransformer2DModel,
     *,
-    steps: int = 9,
+    steps: int = 8,
     batch: int = 1,
     seed: int = 0,
     height: int = 4,

@@ -18,7 +18,7 @@ from h2cache.trace import Row, RunRecord
 PROMPT = "a red stop sign"
 
 
-def picture(pipe: DiffusionPipeline, prompt: Any = PROMPT, *, seed: int = 0, steps: int = 9, **options: Any) -> Tensor:
+def picture(pipe: DiffusionPipeline, prompt: Any = PROMPT, *, seed: int = 0, steps: int = 8, **options: Any) -> Tensor:
     """Final latents of 64 x 64 px images, unless `options` of the pipeline say otherwise; seeds are `seed + k`."""
     images = (len(prompt) if isinstance(prompt, list) else 1) * options.get("num_images_per_prompt", 1)
     request = dict(

@@ -27,12 +27,12 @@ class MatchedTable(SummaryTable):
         rows = tuple((row[0], *_found(row[0], results), *_drawn(row, results)) for row in sheet.rows)
         return replace(sheet, header=(sheet.header[0], *HEADER, *sheet.header[1:]), rows=rows)
 
-    def _notes(self, results: Results, measured: Measured) -> list[str]:
+    def _notes(self, results: Results, measured: Measured, shown: Sequence[str]) -> list[str]:
         tunings = results.tunings.values()
         work = " and ".join(dict.fromkeys(WORK[each.measured] for each in tunings))
         counts = " or ".join(dict.fromkeys(str(each.prompts) for each in tunings))
         note = f"Found: on {counts} prompts that are not in this table; the speedup asked for and found is in {work}."
-        return [*([note] if results.tunings else []), *super()._notes(results, measured)]
+        return [*([note] if results.tunings else []), *super()._notes(results, measured, shown)]
 
     def _data(self, results: Results, measured: Measured) -> pd.DataFrame:
         data = super()._data(results, measured)

@@ -150,7 +150,7 @@ def test_what_needs_no_measurement_needs_no_collective(two):
 
 def test_a_measurement_takes_one_collective_of_few_numbers(two):
     numbers, _ = two(ranks.communication, BlockCacheConfig(threshold=-1), ULYSSES)
-    assert len(numbers) == 8  # nine steps, of which the first compares nothing
+    assert len(numbers) == 7  # eight steps, of which the first compares nothing
     assert max(numbers) <= 3  # whether a probe was finite, and the two sums
 
 
