@@ -128,7 +128,7 @@ MODELS = sorted((REPOSITORY / "configs/model").iterdir())
 MAKE_VIDEOS = [path.stem for path in MODELS if "num_frames:" in path.read_text()]
 
 
-# The others have the protocol of one of these.
+# Reading them takes most of a second; the other models are thorough.
 @product(
     "model",
     named({path.stem: path.stem for path in MODELS if path.stem not in MAKE_VIDEOS}),
