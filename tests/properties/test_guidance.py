@@ -23,7 +23,7 @@ PIPELINES = {
     "text-to-image": (FluxPipeline, {}),
     "image-to-image": (FluxImg2ImgPipeline, dict(image=IMAGE, strength=0.7, steps=11)),
     "inpaint": (FluxInpaintPipeline, dict(image=IMAGE, mask_image=MASK, strength=0.7, steps=11)),
-    "kontext": (FluxKontextPipeline, dict(image=IMAGE, _auto_resize=False, max_area=64 * 64)),
+    "kontext": (FluxKontextPipeline, dict(image=IMAGE, _auto_resize=False, max_area=64 * 64, steps=12)),
 }
 every_method_and_pipeline = every_method_once("pipeline", PIPELINES, most="image-to-image")
 
