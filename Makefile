@@ -4,7 +4,7 @@
 # make test-demo                             run the demo's tests in a browser; installs gradio
 # make lint
 # make package                               build the wheel and try it in an empty environment; needs a package index
-# make test-lowest                          run tests with the lowest versions that the requirements files allow
+# make test-lowest                           run tests with the lowest versions that the requirements files allow
 # make docs                                  build the docs site into site/, strictly
 # make assets [ARGS='again=[plans]']         make anew what depends on the embedded models' weights (CONTRIBUTING.md)
 # make demo [ARGS='--port 8080']             serve the page to try it on, at 127.0.0.1; the arguments are h2cache demo's

