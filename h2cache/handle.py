@@ -68,7 +68,7 @@ class Handle(ABC):
 
     def __repr__(self) -> str:
         counts = self.summary()
-        return f"<{type(self).__name__} of {self.config}: {counts['runs']} runs, {counts['steps']} steps>"
+        return f"<{type(self).__name__} of {self.config}: runs {counts['runs']}, steps {counts['steps']}>"
 
     def __enter__(self) -> Self:
         return self

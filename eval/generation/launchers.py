@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from h2cache.eval.report.results import Tuning
 
 ATTEMPTS = 3  # at a cell or a search whose worker dies, before it counts as failed
+PATIENCE = 10  # seconds for a worker to end, once it has nothing to do
 DIED_LOADING = "a worker died while it loaded the model: is there memory for all of them?"
 
 
@@ -103,6 +104,8 @@ class _Processes:
             while self._cells:
                 for worker in wait(list(self._cells)):
                     yield from self._heard(worker, waiting)
+            for process in self._started:  # which end by themselves, and give their semaphores back
+                process.join(PATIENCE)
         finally:
             for process in self._started:
                 process.terminate()

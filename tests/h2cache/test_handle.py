@@ -110,4 +110,4 @@ def test_a_replaced_cache_takes_no_update(transformer):
 
 def test_a_handle_says_what_it_is_and_what_ran(transformer):
     with h2cache.apply(transformer, H2CacheConfig(tau1=0.15)) as handle:
-        assert re.fullmatch(r"<CacheHandle of H2CacheConfig\(.*tau1=0.15, .*\): 0 runs, 0 steps>", repr(handle))
+        assert re.fullmatch(r"<CacheHandle of H2CacheConfig\(.*tau1=0.15, .*\): runs 0, steps 0>", repr(handle))
