@@ -18,7 +18,7 @@ CALL = dict(height=32, width=64, guidance_scale=3.5, max_sequence_length=TEXT_TO
 
 @pytest.fixture
 def calibration(tiny_pipe):
-    search = dict(history=3, ridge=0.0, tries=12, few=1, batch_size=1, rounds=4)
+    search = dict(history=3, ridge=0.0, tries=12, few=1, batch_size=1, rounds=12)
     return Calibration(tiny_pipe, ["a red sign", "TEA"], STEPS, **search, **CALL)
 
 
