@@ -83,7 +83,6 @@ class CacheHandle(Handle):
     def __init__(self, pipe_or_transformer: object, config: CacheConfig):
         """Find the blocks. Nothing is hooked until `attach`. Raises what `apply` says."""
         super().__init__()
-        self._asked = config
         self._engines: list[Engine] = []
         self._found = []
         for transformer in transformers_of(pipe_or_transformer):
@@ -96,12 +95,11 @@ class CacheHandle(Handle):
             adapter = adapter_of(transformer, pipe_or_transformer)
             refuse_other_caches(transformer)
             refuse_hooked_caches(transformer)
-            lay_out(config, adapter, adapter.blocks(transformer))
-            self._found.append((transformer, adapter))
+            self._found.append((transformer, adapter, lay_out(config, adapter, transformer)))
 
     def attach(self) -> None:
         """Hook the blocks."""
-        self._engines = [Engine(*found, self._asked, self._trace) for found in self._found]
+        self._engines = [Engine(*found, self._trace) for found in self._found]
 
     @property
     def config(self) -> CacheConfig:
@@ -121,10 +119,9 @@ class CacheHandle(Handle):
         if not all(engine.attached for engine in self._engines):
             raise RuntimeError("this cache was removed or replaced by another: call h2cache.apply again")
         config = self.config.updated(**changes)
-        for engine in self._engines:
-            engine.check(config)
-        for engine in self._engines:
-            engine.use(config)
+        layouts = [lay_out(config, engine.adapter, engine.transformer) for engine in self._engines]
+        for engine, layout in zip(self._engines, layouts, strict=True):
+            engine.use(layout)
 
     def reset(self) -> None:
         """Forget every run in progress, so that the next call begins a new one."""
@@ -188,7 +185,7 @@ def _replace_earlier(pipe_or_transformer: object) -> None:
     for transformer in transformers_of(pipe_or_transformer):
         earlier = interception_of(transformer) if isinstance(transformer, nn.Module) else None
         if earlier is not None:
-            earlier.owner.replace()
+            earlier.owner.detach(replaced=True)
     plan: Any = getattr(getattr(pipe_or_transformer, "scheduler", None), "watcher", None)
     if getattr(plan, "pipe", None) is pipe_or_transformer:
         plan.replace()

@@ -25,14 +25,20 @@ def run_block(call: Call, slot: BlockSlot, original_forward: Callable, arguments
         before = call.guard.keep(read(call, slot, arguments))
         decide(call, slot, own(call, slot, arguments), before, None)
     step = call.steps[slot.stage.name]
-    if slot.is_last:
-        return end_stage(call, slot, step, original_forward, arguments)
-    if not step.computed:
-        return slot.call.unchanged(arguments if call.ranks is None else own(call, slot, arguments))
-    if call.context.step and step.rows is None and not call.model_call.adds_between_blocks:
-        return original_forward(**arguments)
-    output, _ = compute(call, slot, step, original_forward, arguments)
-    return output
+    if step.computed:
+        if call.context.step and not slot.is_last and step.rows is None and not call.model_call.adds_between_blocks:
+            return original_forward(**arguments)
+        output, end = compute(call, slot, step, original_forward, arguments)
+        if not slot.is_last:
+            return output
+        step.remember(end, call.context.step, call.guard)
+        if step.rows is None:
+            return output
+    elif slot.is_last:
+        end = slot.call.returned(read(call, slot, arguments))
+    else:
+        return slot.call.unchanged(own(call, slot, arguments))
+    return slot.call.result(step.stand_in(end, call.context.step, into=slot.call.room(end)))
 
 
 def run_first_block(call: Call, slot: BlockSlot, original_forward: Callable, arguments: dict[str, Any]) -> Any:
@@ -47,24 +53,10 @@ def run_first_block(call: Call, slot: BlockSlot, original_forward: Callable, arg
         after = slot.call.clone_if_aliased(after)
     step = decide(call, slot, own(call, slot, arguments), before.tensors, call.guard.keep(after))
     if spoiled:
-        call.guard.found_in_place_writer(step.memories)
+        call.guard.found_in_place_writer([sample.memory for sample in step.samples])
     if slot.is_last:
-        remember(call, step, step.stage_input)
+        step.remember(step.stage_input, call.context.step, call.guard)
     return output
-
-
-def end_stage(
-    call: Call, slot: BlockSlot, step: StageStep, original_forward: Callable, arguments: dict[str, Any]
-) -> Any:
-    """The stage's last block: keep the residual of what was computed, give the other samples their forecast."""
-    if step.computed:
-        output, end = compute(call, slot, step, original_forward, arguments)
-        remember(call, step, end)
-        if len(step.computed) == len(step.decisions):
-            return output
-    else:
-        end = slot.call.returned(read(call, slot, arguments))
-    return slot.call.result(step.stand_in(end, call.context.step, into=slot.call.room(end)))
 
 
 def compute(
@@ -105,9 +97,3 @@ def own(call: Call, slot: BlockSlot, arguments: dict[str, Any]) -> dict[str, Any
 def read(call: Call, slot: BlockSlot, arguments: dict[str, Any]) -> Streams:
     """The streams that go into the block."""
     return slot.call.read(own(call, slot, arguments), call.text_tokens)
-
-
-def remember(call: Call, step: StageStep, end: Streams) -> None:
-    step.remember(end, call.context.step)
-    if step.spoiled:
-        call.guard.found_in_place_writer()

@@ -1,7 +1,7 @@
 """Hit or compute, for each sample of a stage, after at most one read from the device."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import chain, islice
 from typing import Any, cast
@@ -15,17 +15,14 @@ from ..policy.forecasts import FittedForecast
 from ..policy.pfs import relative_l1
 from ..policy.probes import ProbeInput
 from ..policy.rules import Decision, MeasuringRule
+from ..policy.stages import Stage
 from ..trace import Row
-from .autograd import outside_graph
 from .collectives import Ranks
 from .layout import BlockSlot, Call
-from .run_state import SampleMemory
-from .stage_step import StageStep
-
-Measured = dict[int, tuple[float, float]]  # mean|reference - probe| and mean|reference|, by sample
+from .stage_step import SampleStep, StageStep
 
 
-@outside_graph
+@torch.no_grad()
 def decide(call: Call, slot: BlockSlot, arguments: dict[str, Any], before: Streams, after: Streams | None) -> StageStep:
     """The decisions about a stage in this call, recorded in the trace.
 
@@ -33,105 +30,90 @@ def decide(call: Call, slot: BlockSlot, arguments: dict[str, Any], before: Strea
         slot: of the stage's first block; `arguments` are those of its call, by name.
         before, after: the streams around that block; `after` is None where it has not run.
     """
-    stage, batch = slot.stage, before[0].size(0)
-    step = StageStep(stage, call.context.stage(stage.name, batch), stage_input=after or before)
+    stage, batch = slot.stage, before[0].shape[0]
+    samples = [SampleStep(memory) for memory in call.context.stage(stage.name, batch)]
+    step = call.steps[stage.name] = StageStep(stage, after or before, samples)
     decide_without_measuring(call, step)
-    probes: dict[int, Tensor] = {}
-    compared: Measured = {}
-    numbers: dict[int, float | None] = {}
     if stage.probe is not None:
-        probes, deviations = look(call, slot, step, arguments, before, after)
-        if deviations:
-            compared, stale = read(call, step.memories, deviations)
-            if stale:  # a new run began with this call: nothing is remembered, so that nothing is measured
-                step.memories, compared = call.context.stage(stage.name, batch), {}
-                decide_without_measuring(call, step)
-            else:
-                numbers = measure(call, step, deviations, compared)
-    step.settle(probes, compared)
+        look(call, slot, step, arguments, before, after)
+        undecided = [sample for sample in samples if sample.decision is None]
+        if undecided and not read(call, undecided):
+            measure(call, stage, undecided)
+        elif undecided:  # a new run began with this call: nothing is remembered, so that nothing is measured
+            memories = call.context.stage(stage.name, batch)
+            step.samples = [SampleStep(memory, probe=old.probe) for memory, old in zip(memories, samples, strict=True)]
+            decide_without_measuring(call, step)
     if stage.learns:
         fit(step, call.ranks)
-    record(call, step, numbers)
-    call.steps[stage.name] = step
+    follow(call, step)
     return step
 
 
 def decide_without_measuring(call: Call, step: StageStep) -> None:
     """The decision about each sample, None where it takes a comparison."""
-    stage = step.stage
-    parent = None if stage.parent is None else call.steps.get(stage.parent)
-    step.decisions = []
-    for sample, memory in enumerate(step.memories):
-        call.guard.check([memory])
-        parent_skipped = parent is not None and parent.made(sample).skips
-        decision = stage.rule.without_measuring(memory, call.context.step, parent_skipped)
-        if decision is not None and decision.skips and not call.context.has_stand_in(stage, memory, call.guard):
+    stage, parent = step.stage, call.steps.get(step.stage.parent or "")
+    for number, sample in enumerate(step.samples):
+        call.guard.check([sample.memory])
+        parent_skipped = parent is not None and parent.samples[number].skips
+        decision = stage.rule.without_measuring(sample.memory, call.context.step, parent_skipped)
+        if decision is not None and decision.skips and not call.context.has_stand_in(stage, sample.memory, call.guard):
             decision = Decision.COMPUTE
-        step.decisions.append(decision)
+        sample.decision = decision
 
 
 def look(
-    call: Call,
-    slot: BlockSlot,
-    step: StageStep,
-    arguments: dict[str, Any],
-    before: Streams,
-    after: Streams | None,
-) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """The probes by sample, where they have a use, and the deviations of those that are yet to be decided about.
+    call: Call, slot: BlockSlot, step: StageStep, arguments: dict[str, Any], before: Streams, after: Streams | None
+) -> None:
+    """Probe the samples for which a probe has a use, and compare those that are yet to be decided about.
 
     Where ranks share the tokens, the deviations are sums over the rank's part of the probe.
     """
     probe = slot.stage.probe
     assert probe is not None
-    probes, deviations = {}, {}
-    for sample, (memory, decision) in enumerate(zip(step.memories, step.decisions, strict=True)):
-        if decision is Decision.FORCED:
+    for number, sample in enumerate(step.samples):
+        if sample.decision is Decision.FORCED:
             continue
         seen = ProbeInput(
-            sample_row(before, sample),
-            None if after is None else sample_row(after, sample),
-            partial(modulated, call, slot, arguments, sample, before[0].size(0)),
+            sample_row(before, number),
+            None if after is None else sample_row(after, number),
+            partial(modulated, call, slot, arguments, number, before[0].shape[0]),
             call.ranks,
         )
-        probes[sample], deviation = probe(seen, memory.reference if decision is None else None)
-        call.guard.check([memory])  # for a probe that is made in the same place at every step
-        if decision is None:
-            deviations[sample] = deviation if call.ranks is None else deviation * probes[sample].numel()
-    return probes, deviations
+        sample.probe, deviation = probe(seen, sample.memory.reference if sample.decision is None else None)
+        call.guard.check([sample.memory])  # for a probe that is made in the same place at every step
+        if deviation is not None:
+            sample.deviation = deviation if call.ranks is None else deviation * sample.probe.numel()
 
 
-def modulated(call: Call, slot: BlockSlot, arguments: dict[str, Any], sample: int, batch: int) -> Tensor:
+def modulated(call: Call, slot: BlockSlot, arguments: dict[str, Any], number: int, batch: int) -> Tensor:
     """(1, N, D): one sample's image tokens as the first norm of the network modulates them."""
     if batch > 1:
-        arguments = slot.call.select(arguments, slice(sample, sample + 1), batch)
+        arguments = slot.call.select(arguments, slice(number, number + 1), batch)
     onload(slot.call.block)  # the norm may be offloaded with it, and it has not been called yet
     return call.guard.keep([slot.modulated(slot.call.block, arguments)])[0]
 
 
-def read(call: Call, memories: list[SampleMemory], deviations: dict[int, Tensor]) -> tuple[Measured, bool]:
-    """The deviations as floats, without those from a reference that was not finite, and whether the context's memory
-    turns out to be of a run before.
+def read(call: Call, undecided: list[SampleStep]) -> bool:
+    """Read the deviations. Returns whether the context's memory turns out to be of a run before.
 
     One transfer brings them together with everything else of the run that nobody has read yet: timesteps, and whether
     unmeasured probes were finite.
     """
     unread, call.run.unread = call.run.unread, []
     pending = [memory for memory in call.context.memories() if memory.pending_finite_check is not None]
-    parts = [*(memory.pending_finite_check for memory in pending), *deviations.values()]
+    deviations = [sample.deviation for sample in undecided if sample.deviation is not None]
+    parts = [*(memory.pending_finite_check for memory in pending), *deviations]
     values = summed(parts, [timestep.value for timestep in unread], call.ranks)
     for memory in pending:
         memory.pending_finite_check = None
         if not math.isfinite(next(values)):
             memory.forget()
-    compared = {}
-    for sample in deviations:
-        pair = next(values), next(values)
-        if memories[sample].reference is not None:
-            compared[sample] = pair
+    for sample in undecided:
+        compared = next(values), next(values)
+        sample.compared = None if sample.memory.reference is None else compared
     for timestep in unread:
         timestep.value = next(values)
-    return compared, call.timestep in unread and call.set_time(call.timestep.value)
+    return call.timestep in unread and call.set_time(call.timestep.value)
 
 
 def summed(parts: list[Tensor], shared: list[Tensor], ranks: Ranks | None) -> Iterator[float]:
@@ -146,24 +128,21 @@ def summed(parts: list[Tensor], shared: list[Tensor], ranks: Ranks | None) -> It
     return chain(read[:count] if ranks is None else (sum(read[i:end:count]) for i in range(count)), read[end:])
 
 
-def measure(call: Call, step: StageStep, undecided: Iterable[int], compared: Measured) -> dict[int, float | None]:
-    """Decide about the samples `undecided`. Returns what was compared with the threshold, for the trace."""
-    rule = cast(MeasuringRule, step.stage.rule)
-    together = list(compared.values()) if call.layout.config.decides_together else None
-    numbers = {}
+def measure(call: Call, stage: Stage, undecided: list[SampleStep]) -> None:
+    """Decide about samples by what was compared."""
+    rule, all_compared = cast(MeasuringRule, stage.rule), [s.compared for s in undecided if s.compared is not None]
     for sample in undecided:
-        difference = relative_l1(together or [compared[sample]]) if sample in compared else None
-        decided = rule.measured(step.memories[sample], difference, call.is_last_step)
-        step.decisions[sample], numbers[sample] = decided
-    return numbers
+        pairs = all_compared if call.layout.config.decides_together else [sample.compared]
+        difference = None if sample.compared is None else relative_l1(pairs)
+        sample.decision, sample.difference = rule.measured(sample.memory, difference, call.is_last_step)
 
 
 def fit(step: StageStep, ranks: Ranks | None) -> None:
     """Let the forecasts that are about to be made learn from the last computed step, in one read."""
     learners = [
-        (memory, *memory.products)
-        for sample, memory in enumerate(step.memories)
-        if step.made(sample).skips and memory.products is not None
+        (sample.memory, *sample.memory.products)
+        for sample in step.samples
+        if sample.skips and sample.memory.products is not None
     ]
     if not learners:
         return
@@ -175,23 +154,50 @@ def fit(step: StageStep, ranks: Ranks | None) -> None:
         memory.products = None
 
 
-def record(call: Call, step: StageStep, numbers: dict[int, float | None]) -> None:
-    """One row of the trace for each sample."""
-    stage, rows = step.stage, call.trace.rows_of(call.run.number)
-    for sample in range(len(step.decisions)):
-        decision = step.made(sample)
+def follow(call: Call, step: StageStep) -> None:
+    """Follow the decisions: note which samples are computed, settle their memory, and write the rows of the trace."""
+    stage, run, rows = step.stage, call.run.number, call.trace.rows_of(call.run.number)
+    for number, sample in enumerate(step.samples):
+        settle(sample, stage)
+        if not sample.skips:
+            step.computed.append(number)
         rows.append(
             Row(
-                run=call.run.number,
+                run=run,
                 step=call.context.step,
                 timestep=call.timestep,
                 context=call.context.name,
-                sample=sample,
+                sample=number,
                 stage=stage.name,
-                diff=numbers.get(sample),
+                diff=sample.difference,
                 threshold=stage.rule.threshold,
-                decision=decision,
-                blocks_computed=int(stage.runs_first_block) if decision.skips else call.layout.blocks[stage.name],
-                sigma=step.sigma(sample) if decision.skips else None,
+                decision=cast(Decision, sample.decision),
+                blocks_computed=int(stage.runs_first_block) if sample.skips else call.layout.blocks[stage.name],
+                sigma=getattr(sample.forecast(stage), "sigma", None) if sample.skips else None,
             )
         )
+    if 0 < len(step.computed) < len(step.samples):
+        # Not `torch.tensor(..., device=...)`, whose copy waits for the device.
+        step.rows = torch.tensor(step.computed).to(step.stage_input[0].device, non_blocking=True)
+
+
+def settle(sample: SampleStep, stage: Stage) -> None:
+    """Count a skip, or let the probe of a computed sample become its reference: never one that is not finite."""
+    memory = sample.memory
+    if sample.skips:
+        memory.consecutive_hits += 1
+        if stage.rule.reference_every_step:
+            memory.reference = sample.probe
+            memory.seal()
+        return
+    memory.consecutive_hits, memory.accumulated = 0, 0.0
+    if sample.probe is None:
+        return
+    if sample.compared is None:
+        memory.remember_unmeasured(sample.probe)
+    elif math.isfinite(sample.compared[0]):
+        memory.reference = sample.probe
+    else:
+        memory.forget()
+        sample.remembered = False
+    memory.seal()

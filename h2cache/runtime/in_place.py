@@ -19,7 +19,7 @@ logger = logging.getLogger("h2cache")
 
 def versions_of(tensors: Iterable[Tensor]) -> tuple[int, ...]:
     """How often each was written to; inference tensors do not count it."""
-    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+    return tuple([0 if tensor.is_inference() else tensor._version for tensor in tensors])
 
 
 class Watched(NamedTuple):
@@ -43,7 +43,7 @@ class Watched(NamedTuple):
         for left, given in zip(returned, self.tensors, strict=False):
             if left.data_ptr() == given.data_ptr() and not left.is_meta:
                 return True
-        return self.versions != versions_of(self.tensors)
+        return versions_of(self.tensors) != self.versions
 
 
 @dataclass
@@ -82,12 +82,13 @@ class InPlaceGuard:
 
     def keep(self, tensors: Iterable[Tensor]) -> Features:
         """The tensors, in memory of their own where the model may write to them and nobody could tell."""
-        return tuple(tensor.clone() if self.copies or tensor.is_inference() else tensor for tensor in tensors)
+        return tuple([tensor.clone() if self.copies or tensor.is_inference() else tensor for tensor in tensors])
 
     def check(self, memories: Collection[Memory]) -> None:
         """Forget `memories` if somebody wrote to any of them."""
-        if any(map(Memory.was_written_to, memories)):
-            self.found_in_place_writer(memories)
+        for memory in memories:
+            if memory.was_written_to():
+                return self.found_in_place_writer(memories)
 
     def found_in_place_writer(self, memories: Iterable[Memory] = ()) -> None:
         """Forget `memories`. From now on keep copies; say so once."""

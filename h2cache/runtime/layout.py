@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from ..adapters.base import Adapter, BlockModules, ModelCall, Role
@@ -51,7 +50,9 @@ class Layout:
 
     Fields:
         config: what was asked for.
+        lists: the model's block lists.
         slots, modules: where each block and each module stands.
+        watched: the modules that are skipped inside blocks: the block's children, the name there, the module.
         blocks: number of blocks of each stage.
         memory_layout: all that shapes the memory of a run.
         single_stage: one stage takes all blocks.
@@ -59,8 +60,10 @@ class Layout:
     """
 
     config: CacheConfig
+    lists: dict[Role, list[nn.Module]]
     slots: dict[nn.Module, BlockSlot]
     modules: dict[nn.Module, ModuleSlot]
+    watched: list[tuple[dict[str, nn.Module | None], str, nn.Module]]
     blocks: dict[str, int]
     memory_layout: tuple
     single_stage: bool
@@ -132,9 +135,9 @@ def split_blocks(lists: dict[Role, list[nn.Module]], split: float) -> dict[str, 
     return {STRUCTURE: blocks[:first], DETAIL: blocks[first:]}
 
 
-def lay_out(config: CacheConfig, adapter: Adapter, lists: dict[Role, list[nn.Module]]) -> Layout:
-    """`config` on a model's blocks. ValueError where the model cannot have the method's stages."""
-    stages = config.compose()
+def lay_out(config: CacheConfig, adapter: Adapter, transformer: nn.Module) -> Layout:
+    """`config` on the blocks that the model has now. ValueError where the model cannot have the method's stages."""
+    lists, stages = adapter.blocks(transformer), config.compose()
     adapter.check(stages)
     role_of = {block: role for role, blocks in lists.items() for block in blocks}
     by_role = split_blocks(lists, config.split_fraction)
@@ -161,10 +164,13 @@ def lay_out(config: CacheConfig, adapter: Adapter, lists: dict[Role, list[nn.Mod
         for index, block in enumerate(members):
             last = index == len(members) - 1
             slots[block] = BlockSlot(stage, index, last, calls[block], adapter.modulated, block is reclusters)
+    children = [plain(block)._modules for block in slots]
     return Layout(
         config=config,
+        lists=lists,
         slots=slots,
         modules=modules,
+        watched=[(parts, name, part) for parts in children for name, part in parts.items() if part in modules],
         blocks=blocks,
         memory_layout=(*(stage.memory_layout for stage in stages), tuple(blocks.items())),
         single_stage=len(stages) == 1 and len(slots) == len(role_of),
@@ -196,9 +202,3 @@ def module_slots(stage: ModuleStage, inside: list[BlockModules]) -> dict[nn.Modu
         for module in parts.upstream_only:
             slots[module] = ModuleSlot(stage, len(slots), upstream_only=True)
     return slots
-
-
-def watched_modules(layout: Layout) -> list[tuple[dict[str, torch.nn.Module | None], str, torch.nn.Module]]:
-    """The modules that a method skips inside its blocks: the block's children, the name there, the module."""
-    children = [plain(block)._modules for block in layout.slots]
-    return [(parts, name, part) for parts in children for name, part in parts.items() if part in layout.modules]

@@ -13,7 +13,6 @@ from torch import Tensor
 from ..adapters.block_call import Streams, join_rows, plain, sample_row
 from ..policy.clusters import ClusterMemory
 from ..policy.forecasts import advance_terms, extrapolate
-from .autograd import outside_graph
 from .decide import decide
 from .layout import BlockSlot, Call, ModuleSlot
 from .stage_step import StageStep
@@ -29,7 +28,7 @@ def run_block_of_modules(call: Call, slot: BlockSlot, block: torch.nn.Module, ar
         if slot.reclusters:
             recluster(call, step, slot.call.parse(output, call.text_tokens))
         if slot.is_last:
-            step.remember(step.stage_input, call.context.step)
+            step.remember(step.stage_input, call.context.step, call.guard)
     return output
 
 
@@ -68,16 +67,16 @@ def without_channels(output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tens
     return tuple(without_channels(part) for part in output)
 
 
-@outside_graph
+@torch.no_grad()
 def remember(call: Call, slot: ModuleSlot, step: StageStep, output: Tensor | tuple[Tensor, ...]) -> None:
     # Without its graph: what is forecast later has no gradient.
     outputs = tuple(part.detach() for part in ((output,) if isinstance(output, Tensor) else output))
     memory = call.context.modules[slot.key]
     call.guard.check([memory])
     outputs = call.guard.keep(outputs)
-    for sample in step.computed if step.stage.learns else ():
-        step.learn(sample, sample_row(outputs, sample), [sample_row(term, sample) for term in memory.terms])
-    elapsed = call.context.step - step.memories[0].computed_step
+    for i in step.computed if step.stage.learns else ():
+        step.learn(step.samples[i], sample_row(outputs, i), [sample_row(term, i) for term in memory.terms])
+    elapsed = call.context.step - step.samples[0].memory.computed_step
     memory.terms = advance_terms(memory.terms, outputs, elapsed, step.stage.order_at(call.context.step))
     memory.seal()
 
@@ -92,7 +91,7 @@ def forecast(
         assert clusters is not None  # nothing is forecast before a step is computed
         clusters.refresh(terms[0][0], slot.is_text, original_forward, given)
         memory.seal()
-    coefficients = [step.coefficients(call.context.step, sample) for sample in range(len(step.memories))]
+    coefficients = [sample.coefficients(step.stage, call.context.step) for sample in step.samples]
     if all(row == coefficients[0] for row in coefficients):
         outputs = extrapolate(terms, coefficients[0])
         if outputs is terms[0]:
@@ -104,7 +103,7 @@ def forecast(
     return outputs[0] if len(outputs) == 1 else outputs
 
 
-@outside_graph
+@torch.no_grad()
 def recluster(call: Call, step: StageStep, streams: Streams) -> None:
     """Cluster the tokens of a computed step anew."""
     if call.context.clusters is None:

@@ -1,37 +1,67 @@
-"""Rotary tables, made once a run: Flux makes its table anew at every step, from position ids that stay the same.
+"""What need not be made anew at every step: rotary tables, as the model makes them and packed.
 
-Only where that is certain. Others put embeddings in this one's place that follow the timestep, change its constants or
-its forward, or watch it: then it runs at every step, as it would without a cache.
+Flux makes its table at every step, from position ids that stay the same. It is made once a run where that is certain.
+Others put embeddings in this one's place that follow the timestep, change its constants or its forward, or watch it:
+then it runs at every step, as it would without a cache.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.modules import module as hooks_of_all
 
+from .in_place import versions_of
 from .interception import interception_of
-from .layout import InProgress
 
 
-def not_shared(modules: Sequence[torch.nn.Module], owner: object) -> list[torch.nn.Module]:
-    """Those that belong to no other transformer which has a cache: its engine would not know whose call it sees."""
-    return [module for module in modules if getattr(interception_of(module), "owner", owner) is owner]
+class Prepared(NamedTuple):
+    """Tensors that were made once for all steps of a run, and the state of those that they were made from."""
+
+    sources: list[weakref.ref]
+    versions: tuple[int, ...]  # of the sources and of the tensors
+    tensors: tuple[Tensor, ...]
+
+    def serves(self, sources: Sequence[Tensor]) -> bool:
+        """Whether these are the sources, and nobody wrote to them or to what was made of them."""
+        same = all([ref() is source for ref, source in zip(self.sources, sources, strict=True)])
+        return same and self.versions == versions_of((*sources, *self.tensors))
+
+
+class Once:
+    """Prepared tensors by key."""
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, Prepared] = {}
+
+    def __call__(
+        self, key: Hashable, sources: Sequence[Tensor], make: Callable[[], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        """What `make()` returned when it was first called for `key` and these very `sources`, not written to since.
+
+        It is called at every step for sources of inference mode, which do not tell when they are written to.
+        """
+        if any([source.is_inference() for source in sources]):
+            return make()
+        known = self._known.get(key)
+        if known is None or not known.serves(sources):
+            references, versions, made = list(map(weakref.ref, sources)), versions_of(sources), make()
+            known = self._known[key] = Prepared(references, versions + versions_of(made), made)
+        return known.tensors
+
+    def tensors(self) -> Iterator[Tensor]:
+        for prepared in self._known.values():
+            yield from prepared.tensors
 
 
 def answer_once(
-    active: InProgress,
-    module: torch.nn.Module,
-    original_forward: Callable[..., Any],
-    args: tuple,
-    kwargs: dict[str, Any],
+    once: Once, ids: Sequence, module: torch.nn.Module, original_forward: Callable, args: tuple, kwargs: dict
 ) -> Any:
     """What the module returned, a tensor or several, when it first ran in this branch of the run for these position ids
-    and with these constants. `active.call` is the call of the model that it is part of, if there is one."""
-    call = active.call
-    ids = () if call is None else call.model_call.position_ids
-    if call is None or not ids or any(each is None for each in ids) or not is_bare(module):
+    and with these constants. `once` is of the branch; there may be no ids (None)."""
+    if not ids or any([each is None for each in ids]) or not is_bare(module):
         return original_forward(*args, **kwargs)
 
     def make() -> tuple[Tensor, ...]:
@@ -40,7 +70,7 @@ def answer_once(
 
     # What was made in inference mode cannot be used where gradients are wanted.
     key = module, module.theta, tuple(module.axes_dim), torch.is_inference_mode_enabled()
-    made = call.context.once(key, ids, make)
+    made = once(key, ids, make)
     return made if len(made) > 1 else made[0]
 
 

@@ -4,7 +4,6 @@ import weakref
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -15,7 +14,7 @@ from ..policy.forecasts import Forecast
 from ..policy.rules import RuleState
 from ..policy.stages import Stage
 from .in_place import InPlaceGuard, Memory
-from .once import Once
+from .rope_cache import Once
 
 
 @dataclass
@@ -74,9 +73,7 @@ class Context:
     step: int = 0
     timed: bool = False  # whether any call's timestep is known yet
     stages: dict[str, list[SampleMemory]] = field(default_factory=dict)
-    modules: defaultdict[int, Memory] = field(
-        default_factory=partial(defaultdict, Memory)
-    )  # of their outputs, (B, ...)
+    modules: defaultdict[int, Memory] = field(default_factory=lambda: defaultdict(Memory))  # of their outputs, (B, ...)
     empty_outputs: dict[int, Any] = field(default_factory=dict)  # in the place of those that feed a module, of size 0
     clusters: ClusterMemory | None = None
     once: Once = field(default_factory=Once)  # what depends on the branch, but not on the step

@@ -19,7 +19,7 @@ from h2cache.adapters import Registry
 from h2cache.adapters.base import Adapter, BlockList, BlockModules, Role
 from h2cache.baselines import BlockCacheConfig, HiCacheConfig, TaylorSeerConfig, TeaCacheConfig
 from h2cache.runtime.interception import interception_of
-from h2cache.runtime.once import Once
+from h2cache.runtime.rope_cache import Once
 
 WIDTH, STEPS = 8, 10
 
