@@ -19,7 +19,7 @@ Rows: TypeAlias = Tensor | slice  # samples of a batch
 
 def sample_row(streams: Streams, sample: int) -> Streams:
     """One sample of the batch, as views of shape (1, tokens, D)."""
-    if streams[0].size(0) == 1:
+    if streams[0].shape[0] == 1:
         return streams
     return tuple(stream[sample : sample + 1] for stream in streams)
 
@@ -94,12 +94,10 @@ class BlockCall:
 
     def read(self, arguments: dict[str, Any], text_tokens: int) -> Streams:
         """The streams that go into the block."""
-        streams = tuple(arguments[name] for name in self.interface.streams)
-        batch = streams[0].size(0)
-        if all(stream.size(0) == batch for stream in streams):
-            return streams
+        streams = [arguments[name] for name in self.interface.streams]
+        batch = streams[0].shape[0]
         # One text for all images, such as a lone negative prompt, comes as a batch of one and leaves the block as many.
-        return tuple(stream if stream.size(0) == batch else stream.expand(batch, -1, -1) for stream in streams)
+        return tuple([stream if stream.shape[0] == batch else stream.expand(batch, -1, -1) for stream in streams])
 
     def returned(self, streams: Streams) -> Streams:
         """Those of the streams that the block returns."""
@@ -107,7 +105,7 @@ class BlockCall:
 
     def parse(self, output: Any, text_tokens: int) -> Streams:
         """The streams in what the block returned."""
-        return tuple(output[place] for place in self._places) if self.returns_tuple else (output,)
+        return tuple([output[place] for place in self._places]) if self.returns_tuple else (output,)
 
     def result(self, streams: Streams) -> Any:
         """What the block would have returned, had it made these streams."""

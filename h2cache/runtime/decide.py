@@ -155,11 +155,16 @@ def fit(step: StageStep, ranks: Ranks | None) -> None:
 
 
 def follow(call: Call, step: StageStep) -> None:
-    """Follow the decisions: note which samples are computed, settle their memory, and write the rows of the trace."""
+    """Follow the decisions: settle the memory, note which samples are computed, and write the rows of the trace."""
     stage, run, rows = step.stage, call.run.number, call.trace.rows_of(call.run.number)
     for number, sample in enumerate(step.samples):
         settle(sample, stage)
-        if not sample.skips:
+        sigma, blocks_computed = None, call.layout.blocks[stage.name]
+        if sample.skips:
+            forecast = sample.memory.fitted or stage.forecast
+            sample.coefficients = forecast.coefficients(call.context.step - sample.memory.computed_step)
+            sigma, blocks_computed = getattr(forecast, "sigma", None), int(stage.runs_first_block)
+        else:
             step.computed.append(number)
         rows.append(
             Row(
@@ -172,8 +177,8 @@ def follow(call: Call, step: StageStep) -> None:
                 diff=sample.difference,
                 threshold=stage.rule.threshold,
                 decision=cast(Decision, sample.decision),
-                blocks_computed=int(stage.runs_first_block) if sample.skips else call.layout.blocks[stage.name],
-                sigma=getattr(sample.forecast(stage), "sigma", None) if sample.skips else None,
+                blocks_computed=blocks_computed,
+                sigma=sigma,
             )
         )
     if 0 < len(step.computed) < len(step.samples):

@@ -22,10 +22,12 @@ from .collectives import as_split, ranks_of
 from .in_place import InPlaceGuard
 from .interception import Interception, interception_of
 from .layout import Call, InProgress, Layout, lay_out
-from .modules import answer, run_block_of_modules
+from .modules import answer
 from .rope_cache import answer_once
 from .run_state import Timestep
 from .runs import Run, Runs, TablePlace
+
+PartCall = Callable[[Call, Callable, tuple, dict[str, Any]], Any]  # what is done in place of a call of a part
 
 
 class Engine:
@@ -51,16 +53,17 @@ class Engine:
         """
         self.layout = layout
         self.trace.expect(layout.blocks)
-        handlers: dict[nn.Module, Callable] = {self.transformer: self._call_model}
         loops = self.adapter.block_loops(self.transformer)
-        handlers |= {module: partial(self._call_loop, run) for module, run in loops.items()}
+        parts: dict[nn.Module, PartCall] = {module: partial(run_loop, run) for module, run in loops.items()}
         for module in self.adapter.position_modules(self.transformer):
             # Not one that it shares with another transformer which has a cache: whose call it sees is not known there.
             if getattr(interception_of(module), "owner", self) is self:
-                handlers[module] = partial(self._call_positions, module)
+                parts[module] = partial(answer_once, module)
         for blocks in layout.lists.values():
-            handlers |= {block: partial(self._call_block, block) for block in blocks}
-        handlers |= {module: partial(self._call_module, module) for module in layout.modules}
+            parts |= {block: partial(run_block, block) for block in blocks}
+        parts |= {module: partial(answer, module) for module in layout.modules}
+        handlers: dict[nn.Module, Callable] = {self.transformer: self._call_model}
+        handlers |= {module: partial(self._call_part, part_call) for module, part_call in parts.items()}
         known = {interception.module: interception for interception in self._interceptions}
         for module in known.keys() - handlers.keys():
             known[module].detach()
@@ -159,49 +162,23 @@ class Engine:
         number = self.trace.begin_run(layout.blocks, sum(map(len, layout.lists.values())))
         return self.runs.begin(model_call, number, shape, layout.memory_layout)
 
-    # One call of a block, of a module inside it, of a module that hides blocks, of one that makes rotary tables.
+    def _call_part(self, part_call: PartCall, original_forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """One call of a part of the model: `part_call` during a call of the model, unchanged on its own.
 
-    def _call_block(self, block: nn.Module, original_forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """One call of a block: what its stage does with it; unchanged where the method has nothing to do with it."""
-        call = self._active.call or self._no_call()
-        slot = call.layout.slots.get(block) if call else None
-        if call is None or slot is None:
-            return original_forward(*args, **kwargs)
-        arguments = slot.call.bind(args, kwargs) if args else kwargs
-        if slot.stage.keeps_residuals:
-            return run_block(call, slot, original_forward, arguments)
-        return run_block_of_modules(call, slot, block, arguments)
-
-    def _call_module(self, module: nn.Module, original_forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """One call of a module inside a block."""
-        call = self._active.call
-        slot = call.layout.modules.get(module) if call else None
-        if call is None or slot is None:
-            return original_forward(*args, **kwargs)
-        return answer(call, slot, original_forward, args, kwargs)
-
-    def _call_loop(self, run: RunBlocks, original_forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """One call of a module that hides blocks, led through them."""
-        call = self._active.call or self._no_call()
-        if call is None:
-            return original_forward(*args, **kwargs)
-        single_stage = call.layout.single_stage and not call.model_call.adds_between_blocks
-        return run(BlockLoop(call.model_call, single_stage, call.context.once), original_forward, args, kwargs)
-
-    def _call_positions(self, module: nn.Module, original_forward: Callable, args: tuple, kwargs: dict) -> Any:
-        """One call of a module that makes the rotary table."""
-        call = self._active.call
-        if call is None:
-            return original_forward(*args, **kwargs)
-        return answer_once(call.context.once, call.model_call.position_ids, module, original_forward, args, kwargs)
-
-    def _no_call(self) -> None:
-        """Where a block is called on its own: nothing.
-
-        RuntimeError where the block is called by a model whose calls we no longer see.
+        RuntimeError where the part is called by a model whose calls we no longer see.
         """
+        call = self._active.call
+        if call is not None:
+            return part_call(call, original_forward, args, kwargs)
         if interception_of(self.transformer) is None:
             raise RuntimeError(
                 "the transformer was compiled as a whole after h2cache.apply, so its cache cannot work: compile its "
                 "blocks instead, with transformer.compile_repeated_blocks(), or remove the cache first"
             )
+        return original_forward(*args, **kwargs)
+
+
+def run_loop(run: RunBlocks, call: Call, original_forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """One call of a module that hides blocks, led through them."""
+    single_stage = call.layout.single_stage and not call.model_call.adds_between_blocks
+    return run(BlockLoop(call.model_call, single_stage, call.context.once), original_forward, args, kwargs)

@@ -89,11 +89,6 @@ class Call:
     ranks: Ranks | None
     steps: dict[str, "StageStep"] = field(default_factory=dict)
 
-    @property
-    def text_tokens(self) -> int:
-        """The length of the text stream, for blocks that join it to the image."""
-        return self.model_call.text_tokens
-
     def is_last_step(self) -> bool:
         """Whether this step is known to be the last of its run."""
         return self.run.at_end_of_table or self.context.is_last_step(self.timestep)

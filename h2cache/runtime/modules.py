@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.block_call import Streams, join_rows, plain, sample_row
+from ..adapters.block_call import join_rows, sample_row
 from ..policy.clusters import ClusterMemory
 from ..policy.forecasts import advance_terms, extrapolate
 from .decide import decide
@@ -18,15 +18,16 @@ from .layout import BlockSlot, Call, ModuleSlot
 from .stage_step import StageStep
 
 
-def run_block_of_modules(call: Call, slot: BlockSlot, block: torch.nn.Module, arguments: dict[str, Any]) -> Any:
+def run_block_of_modules(call: Call, slot: BlockSlot, arguments: dict[str, Any]) -> Any:
     """Run a block whose modules are skipped, uncompiled: compiled code would not stop at its modules."""
     if slot.index == 0:
         begin(call, slot, arguments)
     step = call.steps[slot.stage.name]
-    output = plain(block)._call_impl(**arguments)
+    output = slot.call.block._call_impl(**arguments)
     if step.computed:
-        if slot.reclusters:
-            recluster(call, step, slot.call.parse(output, call.text_tokens))
+        if slot.reclusters and slot.stage.clusters is not None:
+            call.context.clusters = call.context.clusters or ClusterMemory(slot.stage.clusters)
+            call.context.clusters.recluster(slot.call.parse(output, call.model_call.text_tokens))
         if slot.is_last:
             step.remember(step.stage_input, call.context.step, call.guard)
     return output
@@ -34,7 +35,7 @@ def run_block_of_modules(call: Call, slot: BlockSlot, block: torch.nn.Module, ar
 
 def begin(call: Call, slot: BlockSlot, arguments: dict[str, Any]) -> None:
     """Decide about all modules, before the first block runs."""
-    streams = slot.call.read(arguments, call.text_tokens)
+    streams = slot.call.read(arguments, call.model_call.text_tokens)
     if slot.stage.clusters is not None:
         if call.ranks is not None:
             raise RuntimeError(
@@ -45,8 +46,11 @@ def begin(call: Call, slot: BlockSlot, arguments: dict[str, Any]) -> None:
     decide(call, slot, arguments, streams, None)
 
 
-def answer(call: Call, slot: ModuleSlot, original_forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+def answer(module: torch.nn.Module, call: Call, original_forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The module's output in this call: computed and remembered, or forecast."""
+    slot = call.layout.modules.get(module)
+    if slot is None:
+        return original_forward(*args, **kwargs)
     step = call.steps[slot.stage.name]
     if step.computed:
         output = original_forward(*args, **kwargs)
@@ -91,7 +95,7 @@ def forecast(
         assert clusters is not None  # nothing is forecast before a step is computed
         clusters.refresh(terms[0][0], slot.is_text, original_forward, given)
         memory.seal()
-    coefficients = [sample.coefficients(step.stage, call.context.step) for sample in step.samples]
+    coefficients = [sample.coefficients for sample in step.samples]
     if all(row == coefficients[0] for row in coefficients):
         outputs = extrapolate(terms, coefficients[0])
         if outputs is terms[0]:
@@ -101,12 +105,3 @@ def forecast(
             [extrapolate([sample_row(term, i) for term in terms], row) for i, row in enumerate(coefficients)]
         )
     return outputs[0] if len(outputs) == 1 else outputs
-
-
-@torch.no_grad()
-def recluster(call: Call, step: StageStep, streams: Streams) -> None:
-    """Cluster the tokens of a computed step anew."""
-    if call.context.clusters is None:
-        assert step.stage.clusters is not None
-        call.context.clusters = ClusterMemory(step.stage.clusters)
-    call.context.clusters.recluster(streams)

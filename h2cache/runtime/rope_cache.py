@@ -7,7 +7,7 @@ then it runs at every step, as it would without a cache.
 
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from torch.nn.modules import module as hooks_of_all
 
 from .in_place import versions_of
 from .interception import interception_of
+
+if TYPE_CHECKING:
+    from .layout import Call
 
 
 class Prepared(NamedTuple):
@@ -57,11 +60,12 @@ class Once:
 
 
 def answer_once(
-    once: Once, ids: Sequence, module: torch.nn.Module, original_forward: Callable, args: tuple, kwargs: dict
+    module: torch.nn.Module, call: "Call", original_forward: Callable, args: tuple, kwargs: dict[str, Any]
 ) -> Any:
     """What the module returned, a tensor or several, when it first ran in this branch of the run for these position ids
-    and with these constants. `once` is of the branch; there may be no ids (None)."""
-    if not ids or any([each is None for each in ids]) or not is_bare(module):
+    and with these constants."""
+    ids = [each for each in call.model_call.position_ids if each is not None]
+    if not ids or len(ids) < len(call.model_call.position_ids) or not is_bare(module):
         return original_forward(*args, **kwargs)
 
     def make() -> tuple[Tensor, ...]:
@@ -70,7 +74,7 @@ def answer_once(
 
     # What was made in inference mode cannot be used where gradients are wanted.
     key = module, module.theta, tuple(module.axes_dim), torch.is_inference_mode_enabled()
-    made = once(key, ids, make)
+    made = call.context.once(key, ids, make)
     return made if len(made) > 1 else made[0]
 
 

@@ -15,6 +15,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple, Self
 
 from torch import Tensor
 
@@ -27,40 +28,28 @@ CONTEXT_NAMES = ("cond", "uncond")
 FALLING_RUNS = 4  # as many runs of one step in a row, at falling timesteps, are a loop that is not recognised
 
 
-@dataclass(frozen=True, eq=False)
-class TablePlace:
+class TablePlace(NamedTuple):
     """Where a timestep stands in the scheduler's table, if it is a view of one: known without reading a device.
 
-    The tensor is kept, which keeps the table, so that no later one can be mistaken for it.
+    Fields:
+        timestep: kept, which keeps the table, so that no later one can be mistaken for it.
+        table: tells one table from another.
+        index, size: the place, and the number of entries of the table.
     """
 
     timestep: Tensor
+    table: int
+    index: int
+    size: int
 
     @classmethod
-    def of(cls, timestep: Tensor) -> "TablePlace | None":
+    def of(cls, timestep: Tensor) -> Self | None:
         """None for a tensor of its own, and for a view that holds more than one entry."""
         if timestep.is_inference() or not timestep._is_view() or (timestep.numel() > 1 and timestep.stride(0)):
             return None
-        place = cls(timestep)
-        return place if place.size > 1 else None
-
-    @property
-    def index(self) -> int:
-        return self.timestep.storage_offset()
-
-    @property
-    def size(self) -> int:
-        """Entries of the table."""
-        return self.timestep.untyped_storage().nbytes() // self.timestep.element_size()
-
-    def same_table(self, other: "TablePlace") -> bool:
-        return self.timestep.untyped_storage()._cdata == other.timestep.untyped_storage()._cdata
-
-    def goes_on_at(self, later: "TablePlace") -> bool | None:
-        """Whether a call at `later` can belong to the run of this one; None where that is not known."""
-        if later.index < self.index:
-            return False
-        return True if self.same_table(later) else None
+        table = timestep.untyped_storage()
+        size = table.nbytes() // timestep.element_size()
+        return cls(timestep, table._cdata, timestep.storage_offset(), size) if size > 1 else None
 
 
 @dataclass(eq=False)
@@ -83,11 +72,15 @@ class Run:
 
     def goes_on_at(self, place: TablePlace | None) -> bool | None:
         """Whether a call with this place can belong to the run; None where the places do not tell."""
-        return None if self.place is None or place is None else self.place.goes_on_at(place)
+        if self.place is None or place is None:
+            return None
+        if place.index < self.place.index:
+            return False
+        return True if place.table == self.place.table else None
 
     def note_place(self, place: TablePlace | None) -> None:
-        if place is not None and self.place is not None and self.place.same_table(place):
-            self.follows_table = self.follows_table or place.index > self.place.index
+        if place is not None and self.place is not None:
+            self.follows_table |= place.table == self.place.table and place.index > self.place.index
         self.place = place
 
     @property
@@ -150,9 +143,10 @@ class Runs:
             shape: that all calls of a run have in common.
             place: of the timestep in the scheduler's table, if it is in one.
         """
-        run = None if own_name(call) is not None else self._of_same_input(call)
+        name = name_of(call)
+        run = None if any([each is name for each in call.run]) else self._of_same_input(call)
         if run is None:
-            run = self._by_name.get(id(name_of(call)))
+            run = self._by_name.get(id(name))
         if run is None or run.shape != shape or ids(run.objects) != ids(objects_of(call)):
             return None
         if not call.run and run.goes_on_at(place) is False:
@@ -222,15 +216,9 @@ class Runs:
         return sum(storages.values())
 
 
-def own_name(call: ModelCall) -> Tensor | None:
-    """The tensor that was made for the run, if the pipeline makes one."""
-    return next((each for each in call.run if isinstance(each, Tensor)), None)
-
-
 def name_of(call: ModelCall) -> Tensor:
-    """The tensor whose life is the run's: its own, or else the embeddings of the branch."""
-    name = own_name(call)
-    return call.branch[0] if name is None else name
+    """The tensor whose life is the run's: one that was made for it, or else the embeddings of the branch."""
+    return next(each for each in (*call.run, *call.branch) if isinstance(each, Tensor))
 
 
 def objects_of(call: ModelCall) -> tuple[object, ...]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.block_call import Streams, join_rows, sample_row
-from ..policy.forecasts import Features, Forecast, advance_terms, extrapolate, inner_products
+from ..policy.forecasts import Features, advance_terms, extrapolate, inner_products
 from ..policy.rules import Decision
 from ..policy.stages import Stage
 from .in_place import InPlaceGuard, Watched
@@ -22,6 +22,7 @@ class SampleStep:
         probe: None where none was looked at; `deviation` is that from its reference (`policy.pfs.deviation`).
         compared: `deviation` as numbers, where the reference was finite; then the first says whether the probe is.
         difference: what was compared with the threshold, for the trace.
+        coefficients: of the forecast of a sample that is skipped.
         remembered: False where the probe was not finite: what is computed is not kept.
         products: what a forecast can learn in this call.
     """
@@ -32,6 +33,7 @@ class SampleStep:
     deviation: Tensor | None = None
     compared: tuple[float, float] | None = None
     difference: float | None = None
+    coefficients: list[float] = field(default_factory=list)
     remembered: bool = True
     products: Tensor | None = None
 
@@ -39,14 +41,6 @@ class SampleStep:
     def skips(self) -> bool:
         """Whether the stage is skipped, once that is decided."""
         return self.decision is not None and self.decision.skips
-
-    def forecast(self, stage: Stage) -> Forecast:
-        """What stands in for the stage: the run's own fit where it has one."""
-        return self.memory.fitted or stage.forecast
-
-    def coefficients(self, stage: Stage, step: int) -> list[float]:
-        """Of the forecast at `step`."""
-        return self.forecast(stage).coefficients(step - self.memory.computed_step)
 
 
 @dataclass(slots=True)
@@ -123,20 +117,18 @@ class StageStep:
         residuals = [(last - first, addition) for last, first, addition in rows]
         return tuple([part if added is None else part - added[number : number + 1] for part, added in residuals])
 
-    def stand_in(self, end: Streams, step: int, into: Streams | None) -> Streams:
+    def stand_in(self, end: Streams, into: Streams | None) -> Streams:
         """The end of the stage: as computed, or as arrived plus the forecast residual.
 
         Args:
             end: the streams at the stage's end, with computed samples in their rows.
-            step: of the forecast.
             into: tensors that the result is written into, if they are given.
         """
         rows = []
         for number, sample in enumerate(self.samples):
             row, place = sample_row(end, number), None if into is None else sample_row(into, number)
             if sample.skips:
-                coefficients = sample.coefficients(self.stage, step)
-                row = extrapolate(sample.memory.terms, coefficients, base=row, into=place)
+                row = extrapolate(sample.memory.terms, sample.coefficients, base=row, into=place)
             elif place is not None:
                 for part, computed in zip(place, row, strict=True):
                     part.copy_(computed)
