@@ -17,12 +17,13 @@ from ..policy.probes import ProbeInput
 from ..policy.rules import Decision, MeasuringRule
 from ..policy.stages import Stage
 from ..trace import Row
+from .autograd import outside_graph
 from .collectives import Ranks
 from .layout import BlockSlot, Call
 from .stage_step import SampleStep, StageStep
 
 
-@torch.no_grad()
+@outside_graph
 def decide(call: Call, slot: BlockSlot, arguments: dict[str, Any], before: Streams, after: Streams | None) -> StageStep:
     """The decisions about a stage in this call, recorded in the trace.
 

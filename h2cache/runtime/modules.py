@@ -13,6 +13,7 @@ from torch import Tensor
 from ..adapters.block_call import join_rows, sample_row
 from ..policy.clusters import ClusterMemory
 from ..policy.forecasts import advance_terms, extrapolate
+from .autograd import outside_graph
 from .decide import decide
 from .layout import BlockSlot, Call, ModuleSlot
 from .stage_step import StageStep
@@ -71,7 +72,7 @@ def without_channels(output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tens
     return tuple(without_channels(part) for part in output)
 
 
-@torch.no_grad()
+@outside_graph
 def remember(call: Call, slot: ModuleSlot, step: StageStep, output: Tensor | tuple[Tensor, ...]) -> None:
     # Without its graph: what is forecast later has no gradient.
     outputs = tuple(part.detach() for part in ((output,) if isinstance(output, Tensor) else output))

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from ..adapters.block_call import Streams, join_rows, sample_row
 from ..policy.forecasts import Features, advance_terms, extrapolate, inner_products
 from ..policy.rules import Decision
 from ..policy.stages import Stage
+from .autograd import outside_graph
 from .in_place import InPlaceGuard, Watched
 from .run_state import SampleMemory
 
@@ -84,7 +84,7 @@ class StageStep:
         """Take note whether anybody wrote into the stage's input. `end` left a block."""
         self.spoiled |= self._input.written_to(returned=end)
 
-    @torch.no_grad()
+    @outside_graph
     def remember(self, end: Streams, step: int, guard: InPlaceGuard) -> None:
         """Keep the residual of every computed sample, and with it the differences that forecasts need.
 
