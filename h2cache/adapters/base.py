@@ -197,10 +197,10 @@ class Adapter:
             hidden_states=hidden_states,
             batch=batch,
             timestep=self.timestep(given),
-            run=tuple(named for name in self.run_arguments if (named := given.get(name)) is not None),
-            branch=tuple(flattened(given.get(name) for name in self.branch_arguments)),
+            run=tuple([named for name in self.run_arguments if (named := given.get(name)) is not None]),
+            branch=tuple(flattened([given.get(name) for name in self.branch_arguments])),
             text_tokens=0 if self.text_argument is None else given[self.text_argument].shape[1],
-            adds_between_blocks=any(given.get(name) is not None for name in self.control_arguments),
+            adds_between_blocks=any([given.get(name) is not None for name in self.control_arguments]),
             position_ids=self.position_ids(given),
         )
 

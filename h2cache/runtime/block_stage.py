@@ -37,6 +37,7 @@ def run_block(block: nn.Module, call: Call, original_forward: Callable, args: tu
         decide(call, slot, own, before, None)
     step = call.steps[slot.stage.name]
     if step.computed:
+        # The first step sees whether a block in the middle writes in place; later ones need not look at its output.
         if call.context.step and not slot.is_last and step.rows is None and not call.model_call.adds_between_blocks:
             return original_forward(**arguments)
         output, end = compute(call, slot, step, original_forward, arguments, own)

@@ -131,20 +131,18 @@ def summed(parts: list[Tensor], shared: list[Tensor], ranks: Ranks | None) -> It
 
 def measure(call: Call, stage: Stage, undecided: list[SampleStep]) -> None:
     """Decide about samples by what was compared."""
-    rule, all_compared = cast(MeasuringRule, stage.rule), [s.compared for s in undecided if s.compared is not None]
+    rule, compared = cast(MeasuringRule, stage.rule), [s.compared for s in undecided if s.compared is not None]
     for sample in undecided:
-        pairs = all_compared if call.layout.config.decides_together else [sample.compared]
-        difference = None if sample.compared is None else relative_l1(pairs)
+        difference = None
+        if sample.compared is not None:
+            difference = relative_l1(compared if call.layout.config.decides_together else [sample.compared])
         sample.decision, sample.difference = rule.measured(sample.memory, difference, call.is_last_step)
 
 
 def fit(step: StageStep, ranks: Ranks | None) -> None:
     """Let the forecasts that are about to be made learn from the last computed step, in one read."""
-    learners = [
-        (sample.memory, *sample.memory.products)
-        for sample in step.samples
-        if sample.skips and sample.memory.products is not None
-    ]
+    skipped = [sample.memory for sample in step.samples if sample.skips]
+    learners = [(memory, *memory.products) for memory in skipped if memory.products is not None]
     if not learners:
         return
     forecast = cast(FittedForecast, step.stage.forecast)

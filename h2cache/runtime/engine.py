@@ -133,12 +133,10 @@ class Engine:
             split = as_split(self.transformer, arguments_by_name(self.transformer, args, kwargs))
             model_call = model_call._replace(text_tokens=self.adapter.describe(split).text_tokens)
         hidden_states, timestep = model_call.hidden_states, model_call.timestep
-        shape = hidden_states.shape, hidden_states.dtype, hidden_states.device, model_call.batch
         layout, place = self.layout, TablePlace.of(timestep)
-        begin = partial(self._begin, layout, shape)
-        run = self.runs.find(model_call, shape, place)
-        if run is None or run.memory_layout != layout.memory_layout:
-            run = begin(model_call)
+        kind = hidden_states.shape, hidden_states.dtype, hidden_states.device, model_call.batch, layout.memory_layout
+        begin = partial(self._begin, layout, kind)
+        run = self.runs.find(model_call, kind, place) or begin(model_call)
         # Only the value of the timestep can tell this run from the next one where the caller may keep what names the
         # run and no place in the scheduler's table tells. A method that measures reads it with the first probe.
         must_read = not (layout.measures or run.has_own_name or not run.contexts) and run.goes_on_at(place) is not True
@@ -157,10 +155,10 @@ class Engine:
         self.runs.note_call(model_call, call.run)
         return call
 
-    def _begin(self, layout: Layout, shape: tuple, model_call: ModelCall) -> Run:
+    def _begin(self, layout: Layout, kind: tuple, model_call: ModelCall) -> Run:
         refuse_hooked_caches(self.transformer)
         number = self.trace.begin_run(layout.blocks, sum(map(len, layout.lists.values())))
-        return self.runs.begin(model_call, number, shape, layout.memory_layout)
+        return self.runs.begin(model_call, number, kind)
 
     def _call_part(self, part_call: PartCall, original_forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """One call of a part of the model: `part_call` during a call of the model, unchanged on its own.

@@ -34,12 +34,12 @@ class TablePlace(NamedTuple):
     Fields:
         timestep: kept, which keeps the table, so that no later one can be mistaken for it.
         table: tells one table from another.
-        index, size: the place, and the number of entries of the table.
+        entry, size: the place, and the number of entries of the table.
     """
 
     timestep: Tensor
     table: int
-    index: int
+    entry: int
     size: int
 
     @classmethod
@@ -57,8 +57,7 @@ class Run:
     """One pass of a denoising loop: its number in the trace, and its contexts."""
 
     number: int
-    shape: tuple
-    memory_layout: tuple
+    kind: tuple  # what all its calls have in common: shapes, and how its memory is laid out
     has_own_name: bool = True  # something that was made for the run names it, and not the embeddings alone
     objects: tuple[object, ...] = ()  # that name the run and are no tensors; held, so that no other gets their ids
     names: list[weakref.ref] = field(default_factory=list)  # the tensors that name it
@@ -74,19 +73,19 @@ class Run:
         """Whether a call with this place can belong to the run; None where the places do not tell."""
         if self.place is None or place is None:
             return None
-        if place.index < self.place.index:
+        if place.entry < self.place.entry:
             return False
         return True if place.table == self.place.table else None
 
     def note_place(self, place: TablePlace | None) -> None:
         if place is not None and self.place is not None:
-            self.follows_table |= place.table == self.place.table and place.index > self.place.index
+            self.follows_table |= place.table == self.place.table and place.entry > self.place.entry
         self.place = place
 
     @property
     def at_end_of_table(self) -> bool:
         """Whether the last call had the last timestep of the scheduler's table."""
-        return self.follows_table and self.place is not None and self.place.index == self.place.size - 1
+        return self.follows_table and self.place is not None and self.place.entry == self.place.size - 1
 
     def is_over(self, context: Context, timestep: float, exact: bool) -> bool:
         """Whether a call at `timestep` cannot belong to this run: denoising never goes up, nor back to its first step.
@@ -135,19 +134,19 @@ class Runs:
         self._thread = threading.local()  # what is known of this thread's last call
         self._warned = False
 
-    def find(self, call: ModelCall, shape: tuple, place: TablePlace | None) -> Run | None:
+    def find(self, call: ModelCall, kind: tuple, place: TablePlace | None) -> Run | None:
         """The run in progress that a call belongs to, as far as is known without reading a device.
 
         Args:
             call: what the model was given.
-            shape: that all calls of a run have in common.
+            kind: what all calls of a run have in common.
             place: of the timestep in the scheduler's table, if it is in one.
         """
         name = name_of(call)
         run = None if any([each is name for each in call.run]) else self._of_same_input(call)
         if run is None:
             run = self._by_name.get(id(name))
-        if run is None or run.shape != shape or ids(run.objects) != ids(objects_of(call)):
+        if run is None or run.kind != kind or ids(run.objects) != ids(objects_of(call)):
             return None
         if not call.run and run.goes_on_at(place) is False:
             return None  # the caller kept the embeddings of the run before
@@ -168,9 +167,9 @@ class Runs:
         """Remember, for the next call on this thread, what this one was given."""
         self._thread.last = weakref.ref(call.hidden_states), weakref.ref(run)
 
-    def begin(self, call: ModelCall, number: int, shape: tuple, memory_layout: tuple) -> Run:
+    def begin(self, call: ModelCall, number: int, kind: tuple) -> Run:
         """A new, empty run in place of the one that had this name."""
-        run = Run(number, shape, memory_layout, bool(call.run), objects_of(call))
+        run = Run(number, kind, bool(call.run), objects_of(call))
         self._name(run, call)
         return run
 

@@ -20,7 +20,7 @@ def found(runs: Runs, given: ModelCall):
 
 
 def begun(runs: Runs, given: ModelCall):
-    run = runs.begin(given, 0, SHAPE, ())
+    run = runs.begin(given, 0, SHAPE)
     run.note_place(TablePlace.of(given.timestep))
     return run
 
