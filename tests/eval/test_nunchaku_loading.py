@@ -196,9 +196,9 @@ def test_the_papers_setting():
 
 
 def test_every_flux_model_has_its_teacache_polynomial():
-    """Which `method=teacache` looks for under the model's name."""
+    """Which `method=teacache` looks for under the model's name. In four steps there is too little to fit one to."""
     models = [file.stem for file in (CONFIGS / "model").iterdir()]
-    flux = {name for name in models if not isinstance(config(name), DiffusersModelConfig)}
+    flux = {name for name in models if not isinstance(config(name), DiffusersModelConfig)} - {"flux-mini-distilled"}
     assert len(flux) >= 7
     assert {file.stem for file in (CONFIGS / "teacache").iterdir()} >= flux
 
