@@ -30,6 +30,8 @@ def keep(run: Path, target: Path = RESULTS) -> list[Path]:
     and not what is said of all together: the claims of the papers and environment.json. Runs of another model than
     configs/eval.yaml names are kept in a folder of their own, docs/results/MODEL, without the claims.
     """
+    if not (run / "environment.json").is_file():
+        raise SystemExit(f"keep_results: {run} holds no finished run: python -m eval out={run} ends it")
     facts = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     listed = OmegaConf.to_container(OmegaConf.load(CONFIGS / "eval.yaml").defaults)
     usual = {name: option for each in listed if isinstance(each, dict) for name, option in each.items()}
