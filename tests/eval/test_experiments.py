@@ -658,7 +658,7 @@ def test_settings_of_the_frontier_are_those_of_other_experiments_where_they_can_
     rest = study("experiment=[table1,solvers,methods]", "limit=1").all_cells
     frontier = study("experiment=frontier", "limit=1").all_cells
     new = [cell.method for cell in set(frontier) - set(rest)]
-    assert len(frontier) > 90 and len(new) <= 37
+    assert len(frontier) > 90 and len(new) <= 40
     kinds = {type(method).__name__ for method in new}
     assert kinds == {"H2CacheConfig", "PlanConfig", "DiffusersCache", "CacheDitCache"}
 

@@ -192,7 +192,7 @@ def test_a_command_that_does_not_make_its_files_is_an_error(tmp_path):
 
 def test_entries_are_chosen_by_name_by_kind_or_all(entries):
     assert {entry.name for entry in chosen(entries, "again", ["plans", "results/combine"])} == {
-        *(f"plans/{kind}" for kind in ("uncached", "converged", "few_steps", "budcache", "l2p", "dpcache")),
+        *(f"plans/{kind}" for kind in ("uncached", "converged", "few_steps", "budcache", "l2p", "dpcache", "bespoke")),
         *(f"plans/{model}" for model in ("hunyuan-mini", "flux-mini-upscaler")),
         "results/combine",
     }
