@@ -78,7 +78,7 @@ def bespoke(calibration: Calibration, count: int) -> Plan:
 
     Theirs learns the times as well, and starts from a solver of its own. Here the steps are even, and the start is
     Euler's method, with as many rounds of a plan's polish as the calibration has. Nothing is fitted beforehand, so it
-    takes many more of them: 108 for the plans that ship.
+    takes many more of them: 60 for the plans that ship.
     """
     runs = calibration.runs
     computed = even_steps(runs.steps, count)

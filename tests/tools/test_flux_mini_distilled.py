@@ -9,10 +9,10 @@ from repository import REPOSITORY
 from h2cache.eval.metrics.images import psnr
 from h2cache.eval.models.schedulers import denoised_with
 from tools.flux_mini.card import read_log
-from tools.flux_mini.evaluate import digest
+from tools.flux_mini.evaluate import digest, sample
 from tools.flux_mini.scenes import HELD_OUT_PHRASINGS, HELD_OUT_WORDS
 from tools.flux_mini_distilled import teach, train
-from tools.flux_mini_distilled.evaluate import held_out, load, sample
+from tools.flux_mini_distilled.evaluate import held_out, load
 from tools.flux_mini_distilled.export import STRENGTH, export
 from tools.flux_mini_distilled.recipe import BASE, FILE, GUIDANCE, STEPS
 
@@ -31,11 +31,11 @@ def test_it_is_small():
 def test_it_is_nearer_to_the_image_of_many_steps_than_as_few_without_it():
     """On the last of the held-out prompts; the model card has all of them."""
     prompts, plain = [row["prompt"] for row in held_out()[-8:]], load(FOLDER)
-    truths = sample(plain, prompts, 50)
-    near = [psnr(*pair) for pair in zip(sample(load(FOLDER, 1.0), prompts, STEPS), truths, strict=True)]
+    truths = sample(plain, prompts, 50, batch=8)
+    near = [psnr(*pair) for pair in zip(sample(load(FOLDER, 1.0), prompts, STEPS, batch=8), truths, strict=True)]
     for solver in ("euler", "unipc"):
         with denoised_with(plain, solver):
-            far = [psnr(*pair) for pair in zip(sample(plain, prompts, STEPS), truths, strict=True)]
+            far = [psnr(*pair) for pair in zip(sample(plain, prompts, STEPS, batch=8), truths, strict=True)]
         assert np.mean(near) > np.mean(far) + 2, (solver, near, far)
 
 

@@ -7,9 +7,9 @@ from safetensors.torch import load_file
 
 from h2cache.eval.models.schedulers import denoised_with
 from tools.flux_mini.card import card_command, read_log
-from tools.flux_mini.evaluate import digest
+from tools.flux_mini.evaluate import digest, sample
 
-from .evaluate import MANY, held_out, load, measure, sample, table
+from .evaluate import MANY, held_out, load, measure, table
 from .export import STRENGTH
 from .recipe import COMMAND, FILE, GUIDANCE, PIXELS, STEPS, TRAINING
 from .teach import PHRASED
@@ -73,10 +73,10 @@ To train it again, from assets/flux-mini and the plan:
 def draw_contact_sheet(folder: Path, target: Path) -> None:
     prompts = [row["prompt"] for row in held_out()[:SHOWN]]
     plain = load(folder)
-    rows = [sample(plain, prompts, STEPS)]
+    rows = [sample(plain, prompts, STEPS, SHOWN)]
     with denoised_with(plain, "unipc"):
-        rows.append(sample(plain, prompts, STEPS))
-    rows += [sample(load(folder, 1.0), prompts, STEPS), sample(plain, prompts, MANY)]
+        rows.append(sample(plain, prompts, STEPS, SHOWN))
+    rows += [sample(load(folder, 1.0), prompts, STEPS, SHOWN), sample(plain, prompts, MANY, SHOWN)]
     sheet = Image.new("RGB", (SHOWN * PIXELS, len(rows) * PIXELS))
     for top, images in enumerate(rows):
         for left, image in enumerate(images):

@@ -16,11 +16,11 @@ from h2cache.eval.metrics.reader import WordReader
 from h2cache.eval.models.schedulers import denoised_with
 from h2cache.eval.models.weights import Weights
 from tools.flux_mini.attributes import signs
-from tools.flux_mini.evaluate import PROMPTS
+from tools.flux_mini.evaluate import PROMPTS, sample
 from tools.flux_mini.evaluate import STEPS as MANY
 from tools.flux_mini.scores import attribute_scores, word_scores
 
-from .recipe import BASE, FILE, GUIDANCE, PIXELS, STEPS, TOKENS
+from .recipe import BASE, FILE, STEPS
 
 # Steps, solver and strength of the LoRA, None without it; of twice as many steps each does half as much.
 WAYS = (
@@ -32,6 +32,7 @@ WAYS = (
     (2 * STEPS, "euler", 1.0),
     (2 * STEPS, "euler", 0.5),
 )
+BATCH = 16  # images in one call
 SOLVERS = {"euler": "Euler", "unipc": "UniPC"}
 
 
@@ -42,23 +43,6 @@ def load(folder: Path, strength: float | None = None) -> FluxPipeline:
     if strength is not None:
         Weights(lora=str(folder / FILE), lora_strength=strength).put_on(pipe)
     return pipe
-
-
-def sample(pipe: FluxPipeline, prompts: Sequence[str], steps: int, batch: int = 16) -> list[Image.Image]:
-    """One image a prompt, each with its position as its seed."""
-    made = []
-    for start in range(0, len(prompts), batch):
-        part = list(prompts[start : start + batch])
-        made += pipe(
-            part,
-            height=PIXELS,
-            width=PIXELS,
-            num_inference_steps=steps,
-            guidance_scale=GUIDANCE,
-            max_sequence_length=TOKENS,
-            generator=[torch.Generator().manual_seed(start + index) for index in range(len(part))],
-        ).images
-    return made
 
 
 def scores(made: Sequence[Image.Image], truths: Sequence[Image.Image], rows: Sequence[dict]) -> dict[str, float]:
@@ -85,12 +69,12 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
     """Scores by way of drawing."""
     rows = held_out()
     prompts = [row["prompt"] for row in rows]
-    truths = sample(load(folder), prompts, MANY)
+    truths = sample(load(folder), prompts, MANY, BATCH)
     found = {f"flux-mini, Euler, {MANY} steps": scores(truths, truths, rows)}
     for steps, solver, strength in WAYS:
         pipe = load(folder, strength)
         with denoised_with(pipe, solver):
-            made = sample(pipe, prompts, steps)
+            made = sample(pipe, prompts, steps, BATCH)
         lora = "flux-mini" if strength is None else f"with the LoRA at strength {strength:g}"
         found[f"{lora}, {SOLVERS[solver]}, {steps} steps"] = scores(made, truths, rows)
     return found
